@@ -7,14 +7,12 @@ vocabulary is closed: whatever is not understood is an error, never a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from adapterkit.errors import SpecError
 from adapterkit.specs.spans import ONE, ZERO
-
-Constants = Mapping[str, int | str]
+from adapterkit.specs.values import Constants
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _PART = re.compile(r"(?:(\d+)\*)?([^\[\]*]+?)(?:\[(\d+)/(\d+)\])?(\.T)?")
