@@ -1,0 +1,143 @@
+"""Files that are either as they were or complete: written aside, made durable, then renamed.
+
+Why not simply write: a program that dies, a full disk or a cut power line would leave half a file under
+a good name, and writing over a file that is mapped would change the tensors being read from it.
+A rename leaves the old file to whoever has it open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from adapterkit.errors import StoreError
+from adapterkit.stores.guards import shown, system_failure
+
+if sys.platform != "win32":
+    import fcntl
+
+_PREFIX, _SUFFIX = ".adapterkit-", ".tmp"
+# A temporary file this young may belong to a program that has not locked it yet.
+_GRACE_SECONDS = 60
+
+
+@contextlib.contextmanager
+def replacing(
+    path: Path, needed: int, *, overwrite: bool, check: Callable[[Path], None] | None = None
+) -> Iterator[BinaryIO]:
+    """Yield a binary file that takes `path`'s place when the block ends without an error.
+
+    path: a link is followed, and what it points to is replaced. needed: bytes that must be free.
+    check: called with the finished temporary file; if it raises, nothing is left behind.
+    StoreError when the place is taken, special, unwritable or too small.
+    """
+    target = _target(path, overwrite)
+    _require_space(path, target.parent, needed)
+    _sweep(target.parent)
+    temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+    try:
+        with _created(temporary, target) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if check is not None:
+                check(temporary)
+        _target(path, overwrite)
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise system_failure(path, "cannot be written", error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path, overwrite: bool) -> Path:
+    """The file a write to `path` would create or replace, refused unless it may be."""
+    target = Path(os.path.realpath(path))
+    name = shown(path)
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            raise StoreError(
+                f"{name}: its folder does not exist", code="no-folder", hint="create the folder first"
+            ) from None
+        return target
+    except (OSError, ValueError) as error:
+        raise system_failure(path, "cannot be written", error) from error
+    if stat.S_ISDIR(mode):
+        raise StoreError(f"{name}: is a folder", code="special-file", hint="name a file in it")
+    if not stat.S_ISREG(mode):
+        raise StoreError(f"{name}: not a regular file, so it is not replaced", code="special-file")
+    if not overwrite:
+        raise StoreError(f"{name}: exists already", code="exists", hint="--force replaces it")
+    return target
+
+
+def _require_space(path: Path, folder: Path, needed: int) -> None:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise system_failure(path, "cannot be written", error) from error
+    if free < needed:
+        raise StoreError(
+            f"{shown(path)}: needs {_amount(needed)}, {_amount(free)} free",
+            code="no-space",
+            hint="free some space, or write elsewhere",
+            details={"needed": needed, "free": free},
+        )
+
+
+def _amount(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _created(temporary: Path, target: Path) -> BinaryIO:
+    """A new, locked file with the mode of the one it will replace, or the mode the umask gives."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+    return file
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporary files of programs that were killed: old enough, and locked by nobody."""
+    if sys.platform == "win32":
+        return
+    # A leftover that cannot be removed harms nobody, and is not this write's business.
+    with contextlib.suppress(OSError):
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            if time.time() - leftover.stat().st_mtime > _GRACE_SECONDS:
+                with leftover.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    leftover.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. The file is in place by now, so a refusal is no failure."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

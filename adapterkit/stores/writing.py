@@ -1,0 +1,161 @@
+"""Writing safetensors and JSON: one tensor at a time, all of the file or none of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Union
+
+from adapterkit.errors import Json, StoreError
+from adapterkit.stores.atomic import replacing
+from adapterkit.stores.base import DTYPES, TensorInfo
+from adapterkit.stores.guards import require_little_endian, require_name, shown
+from adapterkit.stores.header import LONGEST_HEADER, build_header
+from adapterkit.stores.views import bytes_of, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+Content = Union[bytes, memoryview, "torch.Tensor"]
+
+# Stands in metadata for the hash of the tensors' bytes, which is known only when they are written.
+# As long as the 64 digits it gives way to, so that nothing moves.
+DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-is-put-here"[:64]
+_CHUNK = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file. sha256: of all of it. data_sha256: of the tensors' bytes alone. size: in bytes."""
+
+    sha256: str
+    data_sha256: str
+    size: int
+
+
+def write_safetensors(
+    path: Path,
+    header: Sequence[TensorInfo],
+    produce: Iterable[tuple[str, Content]],
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Written:
+    """Write one file, or nothing.
+
+    header: the tensors in the order of the file (`canonical_order` gives the order of safetensors' own
+    writer, in which every tensor is aligned). produce: the same names in the same order, each with its
+    bytes or its tensor. metadata: a value may hold DATA_SHA256, which becomes the hash of the tensors'
+    bytes. check: called with the finished file before it takes its place; if it raises, nothing is left.
+
+    The same arguments give the same bytes. StoreError for a header no reader would accept, for contents
+    that do not fit it, and for a place that cannot be written.
+    """
+    require_little_endian()
+    _require_valid(path, header, metadata)
+    raw = build_header(header, metadata)
+    if len(raw) - 8 > LONGEST_HEADER:
+        raise StoreError(
+            f"{shown(path)}: a header of {len(raw)} bytes, which no reader accepts", code="limit"
+        )
+    size = len(raw) + sum(info.nbytes for info in header)
+    with replacing(path, size, overwrite=overwrite, check=check) as file:
+        return _write(file, raw, header, produce, metadata, path)
+
+
+def write_json(path: Path, value: Json, *, overwrite: bool = False) -> None:
+    """Write a JSON file, indented, or nothing. StoreError for a place that cannot be written."""
+    raw = (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8")
+    with replacing(path, len(raw), overwrite=overwrite) as file:
+        file.write(raw)
+
+
+def _require_valid(path: Path, header: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
+    """Nothing is written that a weaker reader could trip over."""
+    where = shown(path)
+    names: set[str] = set()
+    for info in header:
+        require_name(info.name, where)
+        if info.name in names or info.name == "__metadata__":
+            raise StoreError(f"{where}: `{info.name}` cannot be written twice", code="duplicate-key")
+        names.add(info.name)
+        if info.dtype not in DTYPES:
+            raise StoreError(f"{where}: `{info.name}`: unknown dtype `{shown(info.dtype)}`", code="dtype")
+        if any(size < 0 for size in info.shape) or info.elements * DTYPES[info.dtype].bits % 8:
+            raise StoreError(f"{where}: `{info.name}`: impossible shape {info.shape}", code="header")
+    for key, text in metadata.items():
+        require_name(key, where)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise StoreError(f"{where}: metadata `{key}` holds half a character", code="header") from None
+
+
+def _write(
+    file: BinaryIO,
+    raw: bytes,
+    header: Sequence[TensorInfo],
+    produce: Iterable[tuple[str, Content]],
+    metadata: Mapping[str, str],
+    path: Path,
+) -> Written:
+    whole, data = hashlib.sha256(raw), hashlib.sha256()
+    waiting = any(DATA_SHA256 in text for text in metadata.values())
+    file.write(raw)
+    for chunk in _chunks(header, produce, path):
+        file.write(chunk)
+        data.update(chunk)
+        if not waiting:
+            whole.update(chunk)
+    size = file.tell()
+    if waiting:
+        filled = {key: text.replace(DATA_SHA256, data.hexdigest()) for key, text in metadata.items()}
+        file.seek(0)
+        file.write(build_header(header, filled))
+        whole = _read_hash(file)
+    return Written(whole.hexdigest(), data.hexdigest(), size)
+
+
+def _chunks(
+    header: Sequence[TensorInfo], produce: Iterable[tuple[str, Content]], path: Path
+) -> Iterator[memoryview]:
+    """The data section in pieces, each tensor held against its place in the header."""
+    produced = iter(produce)
+    for info in header:
+        name, content = next(produced, (None, b""))
+        if name != info.name:
+            raise _out_of_step(path, f"expected `{info.name}`, was given `{shown(name)}`")
+        data = _checked_bytes(info, content, path)
+        for start in range(0, len(data), _CHUNK):
+            yield data[start : start + _CHUNK]
+    if (extra := next(produced, None)) is not None:
+        raise _out_of_step(path, f"was given `{shown(extra[0])}` after the last tensor")
+
+
+def _checked_bytes(info: TensorInfo, content: Content, path: Path) -> memoryview:
+    if isinstance(content, bytes | memoryview):
+        data = memoryview(content).cast("B")
+    else:
+        given = (dtype_name(content.dtype), tuple(content.shape))
+        if given != (info.dtype, info.shape):
+            raise _out_of_step(path, f"`{info.name}` is {given}, the header says {(info.dtype, info.shape)}")
+        data = bytes_of(content)
+    if len(data) != info.nbytes:
+        raise _out_of_step(path, f"`{info.name}` has {len(data)} bytes, the header says {info.nbytes}")
+    return data
+
+
+def _out_of_step(path: Path, what: str) -> StoreError:
+    return StoreError(f"{shown(path)}: contents do not follow the header: {what}", code="out-of-step")
+
+
+def _read_hash(file: BinaryIO) -> hashlib._Hash:
+    file.seek(0)
+    found = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        found.update(chunk)
+    return found
