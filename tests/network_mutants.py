@@ -15,8 +15,7 @@ from typing import Any
 from oracle_rows import RowMap, rows_of
 
 from adapterkit.errors import SpecError
-from adapterkit.specs.expansion import expand_network
-from adapterkit.specs.names import Network
+from adapterkit.specs.names import Network, parse_network
 from adapterkit.specs.paths import formats_dir
 
 Document = dict[str, Any]
@@ -106,5 +105,5 @@ def _rows(document: Document, file: str, size: str, naming: str, factor: int) ->
     kept = {"summary", "canonical", "source", "sizes", "inventory", naming}
     kept |= {block["extends"] for block in document[naming] if "extends" in block}
     alone = {key: value for key, value in document.items() if key in kept}
-    network = expand_network(formats_dir() / "networks" / file, alone, size)
-    return rows_of(lowered(network, factor), naming)
+    networks = {one.name: one for one in parse_network(formats_dir() / "networks" / file, alone)}
+    return rows_of(lowered(networks[size], factor), naming)
