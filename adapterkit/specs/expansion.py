@@ -95,9 +95,9 @@ def _naming(name: str, blocks: list[Table], known: Mapping[str, Naming], scope: 
         refuse_unknown(block, _BLOCK_KEYS, scope.where)
         rows.extend(_written_rows(block, scope))
     rows.extend(_numbered_rows(blocks, scope))
-    written = cover_of(rows, scope.inventory)
     for block in blocks:
         if "extends" in block:
+            written = cover_of(rows, scope.inventory)
             rows.extend(without_respelled(_base_rows(block, known, scope), written, scope.inventory))
     rows.sort(key=lambda row: _place(row.span, scope.inventory))
     partial = any(as_truth(block.get("partial", False), f"{scope.where}: partial") for block in blocks)
@@ -188,7 +188,7 @@ def _row(native: str, stack: list[tuple[PartPattern, str]], scope: _Scope) -> Ro
             hint="stack modules on modules, weights on weights, biases on biases",
         )
     row = Row(native, tuple(pieces), params.pop())
-    if len(pieces) > 1 or pieces[0] != Piece(pieces[0].module):
+    if len(stack) > 1 or not stack[0][0].plain:
         prove_stack(row, scope.inventory, scope.where)
     return row
 

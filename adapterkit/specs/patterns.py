@@ -44,6 +44,11 @@ class PartPattern:
     weight: int
     transposed: bool
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is all of its path, as it stands."""
+        return (self.start, self.stop, self.weight, self.transposed) == (ZERO, ONE, 1, False)
+
 
 def parse_path(text: str, constants: Constants, where: str) -> PathPattern:
     """`blocks.{0..3}.norm`. Raises SpecError for anything else between braces."""

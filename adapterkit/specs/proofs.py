@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
+from math import gcd
 
 from adapterkit.errors import SpecError
 from adapterkit.specs.inventory import Inventory, tensor_name
@@ -63,8 +64,10 @@ def prove_partition(rows: list[Row], inventory: Inventory, partial: bool, where:
     """No canonical row covered twice, and every one covered unless the naming is partial."""
     cover = cover_of(rows, inventory)
     for tensor, shares in cover.items():
+        if len(shares) == 1 and shares[0][:2] == (ZERO, ONE):
+            continue
         reached, before = ZERO, ""
-        for start, stop, native in sorted(shares) if len(shares) > 1 else shares:
+        for start, stop, native in sorted(shares):
             if start < reached:
                 raise SpecError(
                     f"{where}: `{before}` and `{native}` both cover rows of `{tensor}`", code="spec-overlap"
@@ -97,6 +100,8 @@ def prove_stack(row: Row, inventory: Inventory, where: str) -> None:
     here = f"{where}: `{row.native}`"
     if any(piece.transposed for piece in row.span):
         _prove_transposed(row, inventory, here)
+    if gcd(*(piece.weight for piece in row.span)) > 1:
+        raise SpecError(f"{here}: its weights have a common factor", code="spec-stack")
     first = row.span[0]
     for piece in row.span:
         if row.param is None and inventory.params[piece.module] != inventory.params[first.module]:
@@ -110,7 +115,7 @@ def prove_stack(row: Row, inventory: Inventory, where: str) -> None:
 def _prove_fit(upper: tuple[Piece, str], lower: tuple[Piece, str], inventory: Inventory, here: str) -> None:
     (piece, tensor), (first, other) = upper, lower
     shape, other_shape = inventory.shapes[tensor], inventory.shapes[other]
-    height, other_height = (piece.stop - piece.start) * shape[0], (first.stop - first.start) * other_shape[0]
+    height, other_height = _height(piece, shape), _height(first, other_shape)
     if height.denominator != 1:
         raise SpecError(f"{here}: the {shape[0]} rows of `{tensor}` do not divide so", code="spec-parts")
     if shape[1:] != other_shape[1:]:
@@ -126,9 +131,13 @@ def _prove_fit(upper: tuple[Piece, str], lower: tuple[Piece, str], inventory: In
         )
 
 
+def _height(piece: Piece, shape: tuple[int, ...]) -> int | Fraction:
+    return shape[0] if piece.whole else (piece.stop - piece.start) * shape[0]
+
+
 def _prove_transposed(row: Row, inventory: Inventory, here: str) -> None:
     piece = row.span[0]
-    if len(row.span) > 1 or piece.start != ZERO or piece.stop != ONE:
+    if len(row.span) > 1 or not piece.whole:
         raise SpecError(f"{here}: .T stands alone, never in a stack or on a part", code="spec-transposed")
     if row.param is None:
         raise SpecError(

@@ -32,6 +32,11 @@ class Piece:
         # Spans are looked up often and Fractions are slow to hash; equality still compares them.
         return hash(self.module)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all rows of its module."""
+        return (self.start, self.stop) == (ZERO, ONE)
+
 
 Span = tuple[Piece, ...]
 
