@@ -1,0 +1,256 @@
+"""An adapter in memory: changes by the places they act on, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from adapterkit import deltas
+from adapterkit.deltas import Change
+from adapterkit.detect import Entry, Explanation, Role, explain
+from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused
+from adapterkit.scale import Configs, Scale, ScaleFrom, configs, scale_of
+from adapterkit.specs.families import Family, Place
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.tuner_config import TunerConfig
+from adapterkit.stores import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of every tensor read: mapped + carried + dropped = total."""
+
+    total: int
+    mapped: int
+    carried: int
+    dropped: Mapping[str, str]
+
+    @property
+    def balances(self) -> bool:
+        return self.total == self.mapped + self.carried + len(self.dropped)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Changes for one family.
+
+    changes: per place, the changes that act on it (several add up).
+    scales: per place, where its scale came from.
+    natives: per place, the module's name in the file it came from, for messages.
+    keys: per place, the tensors of the file that it was made from.
+    passengers: tensors that travel along; `carried` are the keys of the file they came from.
+    tuners: the configuration that came with the file, per component ("" for all).
+    store: where the tensors lie; it must stay open while they are used.
+    """
+
+    family: Family
+    changes: Mapping[Place, tuple[Change, ...]]
+    metadata: Mapping[str, str]
+    receipt: Receipt
+    scales: Mapping[Place, Scale] = field(default_factory=dict)
+    natives: Mapping[Place, str] = field(default_factory=dict)
+    keys: Mapping[Place, tuple[str, ...]] = field(default_factory=dict)
+    passengers: Mapping[str, Tensor] = field(default_factory=dict)
+    tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
+    layouts: tuple[str, ...] = ()
+    store: Store | None = None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components it changes, in the family's order."""
+        present = {place.component for place in self.changes}
+        return tuple(name for name in self.family.components if name in present)
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+
+def read_adapter(
+    store: Store,
+    explanation: Explanation | None = None,
+    *,
+    allow: Collection[str] = (),
+    scale_from: ScaleFrom | None = None,
+) -> Adapter:
+    """Build the changes that a file holds; tensors stay where they are until they are used.
+
+    allow: named consents: "unclaimed" and "incomplete" leave out what nothing explains.
+    Raises Refused for such tensors without consent, Conflict for two scales or two changes of
+    one place, Mismatch for factors that do not fit each other.
+    """
+    explanation = explanation or explain(store)
+    where = str(store.path or "state dict")
+    dropped = _consented(explanation, allow, where)
+    found = configs(store, explanation)
+    built = _Building(store, explanation, found, scale_from, where)
+    for entry in explanation.entries:
+        built.add(entry)
+    _no_overlap(built.changes, built.natives, where)
+    mapped = {key for entry in explanation.entries for key in entry.keys}
+    tuners = {"": found.sidecar} if found.sidecar else dict(found.by_component)
+    return Adapter(
+        family=explanation.family,
+        changes={place: tuple(changes) for place, changes in built.changes.items()},
+        metadata=dict(store.metadata),
+        receipt=Receipt(len(store.tensors), len(mapped), len(explanation.passengers), dropped),
+        scales=built.scales,
+        natives=built.natives,
+        keys=built.keys,
+        passengers={key: store.tensor(key) for key in explanation.passengers},
+        tuners=cast(Mapping[str, TunerConfig], tuners),
+        layouts=explanation.layouts,
+        store=store,
+    )
+
+
+def _consented(explanation: Explanation, allow: Collection[str], where: str) -> dict[str, str]:
+    """The keys that are left out, with why; Refused unless each reason was allowed."""
+    orphans = [key for incomplete in explanation.incomplete for key in incomplete.keys]
+    for reason, keys, what in (
+        ("unclaimed", list(explanation.unclaimed), "are explained by nothing"),
+        ("incomplete", orphans, "make no whole change (an up without its down, an alpha alone)"),
+    ):
+        if keys and reason not in allow:
+            shown = ", ".join(f"`{key}`" for key in keys[:3]) + (", …" if len(keys) > 3 else "")
+            raise Refused(
+                f"{where}: {len(keys)} of {_total(explanation)} tensors {what}: {shown}",
+                code=reason,
+                hint=f"--allow {reason} leaves them out",
+                details={"keys": list[Json](keys)},
+            )
+    return dict.fromkeys(explanation.unclaimed, "unclaimed") | dict.fromkeys(orphans, "incomplete")
+
+
+def _total(explanation: Explanation) -> int:
+    orphans = sum(len(incomplete.keys) for incomplete in explanation.incomplete)
+    mapped = len({key for entry in explanation.entries for key in entry.keys})
+    return mapped + orphans + len(explanation.unclaimed) + len(explanation.passengers)
+
+
+@dataclass
+class _Building:
+    """The state of reading one file."""
+
+    store: Store
+    explanation: Explanation
+    configs: Configs
+    scale_from: ScaleFrom | None
+    where: str
+    changes: dict[Place, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    scales: dict[Place, Scale] = field(default_factory=dict)
+    natives: dict[Place, str] = field(default_factory=dict)
+    keys: dict[Place, tuple[str, ...]] = field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        scale = self._scale(entry)
+        try:
+            change = self._change(entry, scale)
+        except AdapterkitError as error:
+            error.args = (f"{self.where}: `{entry.native}`: {error.message}",)
+            error.message = error.args[0]
+            raise
+        self.changes[entry.place].append(change)
+        if KINDS[entry.kind].scales:
+            self.scales[entry.place] = scale
+        self.natives.setdefault(entry.place, entry.native)
+        self.keys[entry.place] = (*self.keys.get(entry.place, ()), *entry.keys)
+
+    def _scale(self, entry: Entry) -> Scale:
+        """The entry's scale; a bias that lies inside a scaled layer has that layer's."""
+        if not any(role.spelling.scaled for role in entry.roles.values()):
+            return scale_of(entry, self.store, self.configs, self.scale_from)
+        for other in self.explanation.entries:
+            if other.native == entry.native and KINDS[other.kind].scales:
+                return scale_of(other, self.store, self.configs, self.scale_from)
+        return Scale(1.0, None, "none given: 1")
+
+    def _change(self, entry: Entry, scale: Scale) -> Change:
+        roles = {name: self._tensor(role) for name, role in entry.roles.items()}
+        inner = deltas.build(
+            entry.kind,
+            roles,
+            scale=scale.value,
+            weight_shape=weight_shape(self.explanation.family, entry.place),
+            **self._facts(entry),
+        )
+        magnitude = entry.modifiers.get("magnitude")
+        if magnitude is None:
+            return inner
+        return _with_magnitude(inner, self.store.tensor(magnitude.key), magnitude.spelling.axis)
+
+    def _tensor(self, role: Role) -> Tensor:
+        tensor = self.store.tensor(role.key)
+        # Axes are given by name in our order "o r" or "r i"; a stored "r o" is its transpose.
+        return tensor.T if role.spelling.axes in {"r o", "i r"} else tensor
+
+    def _facts(self, entry: Entry) -> dict[str, object]:
+        """What the mathematics of some kinds needs beside the tensors."""
+        if entry.kind in {"oft", "boft"} and (role := entry.modifiers.get("alpha")) is not None:
+            return {"constraint": self.store.scalar(role.key)}
+        if entry.kind == "oft_input":
+            config = self.configs.of(entry.place.component)
+            values = config.values if config else {}
+            return {
+                "block_share": bool(values.get("block_share", False)),
+                "cayley_neumann": bool(values.get("use_cayley_neumann", True)),
+            }
+        return {}
+
+
+def _with_magnitude(inner: Change, stored: Tensor, axis: str) -> deltas.Magnitude:
+    """DoRA over `inner`. Its stored vector may have axes of length 1 around it.
+
+    PEFT's magnitudes run along the output, but for an embedding along its dimensions. LyCORIS's
+    run along the axis that their shape shows; a vector without axes is taken for the output's.
+    """
+    by_columns = stored.ndim > 1 and stored.shape[0] == 1 and stored.shape[1] > 1
+    along_input = inner.kind == "embedding" or (axis == "by shape" and by_columns)
+    return deltas.Magnitude(inner, stored.reshape(-1), "in" if along_input else "out")
+
+
+def weight_shape(family: Family, place: Place) -> tuple[int, ...] | None:
+    """The base weight's shape that a place has in the family's full-size model, if it is known."""
+    network = family.network(place.component)
+    if network is None or place.param == "bias":
+        return None
+    shapes = [network.weight_shape(piece.module) for piece in place.span]
+    if not shapes or any(shape is None for shape in shapes):
+        return None
+    known = cast(list[tuple[int, ...]], shapes)
+    rows = sum(
+        int(shape[0] * (piece.stop - piece.start)) for shape, piece in zip(known, place.span, strict=True)
+    )
+    return (rows, *known[0][1:])
+
+
+def _no_overlap(
+    changes: Mapping[Place, list[Change]], natives: Mapping[Place, str], where: str
+) -> None:
+    """Two changes of one kind on the same rows are a mistake of whoever wrote the file.
+
+    Applying both would double the effect; taking one would lose the other.
+    """
+    seen: dict[tuple[str, str, str, str], list[tuple[Fraction, Fraction, str]]] = defaultdict(list)
+    for place, several in changes.items():
+        for change in several:
+            for piece in place.span:
+                key = (place.component, place.param, piece.module, change.kind)
+                for start, stop, other in seen[key]:
+                    if piece.start < stop and start < piece.stop:
+                        raise Conflict(
+                            f"{where}: `{natives[place]}` and `{other}` both change `{piece.module}`",
+                            code="duplicate-module",
+                            hint="the file holds one module twice; remove one of the two",
+                        )
+            for piece in place.span:
+                key = (place.component, place.param, piece.module, change.kind)
+                seen[key].append((piece.start, piece.stop, natives[place]))
+
+

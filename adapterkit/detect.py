@@ -1,0 +1,443 @@
+"""What is this file? The family and layout that explain the largest share of its tensors.
+
+There is no ordered chain of guesses: every family is asked about every tensor name, by look-up,
+and the shares are compared. Shapes, then metadata, decide between families that know the same
+names. Headers suffice; no tensor is read and torch is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from adapterkit.errors import Ambiguous, Json, Unrecognized
+from adapterkit.specs.families import Family, Located, Place, families, family
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.layouts import Layout, Spelling, layouts
+from adapterkit.specs.wrappers import strip_adapter_name, wrappers
+from adapterkit.stores import Store, TensorInfo
+
+# A table that knows this share of a file beats a family that takes any name as it is. Below it,
+# the file is another model's that happens to share names (HunyuanVideo has 93 % of FLUX.1's).
+_CLOSED_ENOUGH = 0.97
+_SAMPLE = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One tensor of a change: its key in the file and how the layout spells it."""
+
+    key: str
+    spelling: Spelling
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One change of one place, as the header shows it.
+
+    native: the module's name as the file has it, prefix included.  path: without the prefix.
+    """
+
+    place: Place
+    layout: str
+    prefix: str
+    naming: str
+    native: str
+    path: str
+    kind: str
+    roles: Mapping[str, Role]
+    modifiers: Mapping[str, Role]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(role.key for role in (*self.roles.values(), *self.modifiers.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """Tensors of a known module that make no whole change: an up without its down."""
+
+    native: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One family's claim on a file, with what it rests on.
+
+    share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
+    number of dimensions, and whose sizes, are the base model's.  evidence: metadata agrees.
+    """
+
+    family: Family
+    layouts: tuple[str, ...]
+    share: float
+    dimensions: float
+    shapes: float
+    evidence: bool
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a file is: the family, the layouts, and where each tensor belongs.
+
+    entries, incomplete, passengers and unclaimed together hold every tensor exactly once.
+    equals: other families that explain the file as well as this one.  nearest: the best
+    candidates, best first.  adapter_names: names found in slots (`default`).
+    stripped: how many keys had wrapper names taken away.
+    """
+
+    family: Family
+    layouts: tuple[str, ...]
+    share: float
+    shapes: float
+    entries: tuple[Entry, ...]
+    incomplete: tuple[Incomplete, ...]
+    passengers: Mapping[str, str]
+    unclaimed: tuple[str, ...]
+    equals: tuple[Candidate, ...] = ()
+    nearest: tuple[Candidate, ...] = ()
+    adapter_names: tuple[str, ...] = ()
+    stripped: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of most tensors."""
+        return layouts()[self.layouts[0]]
+
+    def decided(self, path: str, target: str) -> Explanation:
+        """This explanation, if every other that is as good would be written the same as `target`.
+
+        Raises Ambiguous if one would not.
+        """
+        others = [c for c in self.equals if not self._same_result(c.family, target)]
+        if not others:
+            return self
+        names = sorted({self.family.name, *(c.family.name for c in others)})
+        raise Ambiguous(
+            f"{path}: {' and '.join(names)} explain it equally well",
+            hint=f"say which with --family {names[0]}",
+            details={"families": list[Json](names)},
+        )
+
+
+    def _same_result(self, other: Family, target: str) -> bool:
+        """Whether `other` finds the same rows for every entry, and the target calls them the same."""
+        if target not in other.target_names() or target not in self.family.target_names():
+            return False
+        ours, theirs = self.family.target(target).prefixes, other.target(target).prefixes
+        for entry in self.entries:
+            component = entry.place.component
+            if ours.get(component) != theirs.get(component):
+                return False
+            found = other.locate(entry.layout, layouts()[entry.layout].dot, entry.native)
+            if not any(f.prefix.component == component and f.row.span == entry.place.span for f in found):
+                return False
+        return True
+
+
+@dataclass
+class _Keys:
+    """A file's keys as one layout splits them: per module name, what each tensor can be."""
+
+    layout: Layout
+    modules: dict[str, list[tuple[str, tuple[Spelling, ...]]]] = field(default_factory=dict)
+    bare: list[str] = field(default_factory=list)
+    adapter_names: set[str] = field(default_factory=set)
+
+    @cached_property
+    def stems(self) -> tuple[str, ...]:
+        return (*self.modules, *self.bare)
+
+
+def _split(keys: Iterable[tuple[str, str]], layout: Layout) -> _Keys:
+    """keys: (as in the file, without wrappers)."""
+    found = _Keys(layout)
+    slots = frozenset(layout.slots)
+    for key, plain in keys:
+        if any(slot in plain for slot in slots):
+            plain, name = strip_adapter_name(plain, slots)
+            if name:
+                found.adapter_names.add(name)
+        split = layout.split(plain)
+        if split is not None:
+            found.modules.setdefault(split[0], []).append((key, split[1]))
+        elif layout.bare:
+            found.bare.append(key)
+    return found
+
+
+@dataclass
+class _Claim:
+    """What one family makes of one layout's modules."""
+
+    keys: _Keys
+    located: dict[str, tuple[Located, ...]]
+
+    @cached_property
+    def claimed(self) -> set[str]:
+        found = {key for stem in self.located for key, _ in self.keys.modules.get(stem, ())}
+        return found | {stem for stem in self.keys.bare if stem in self.located}
+
+
+def _claim(family: Family, keys: _Keys) -> _Claim:
+    located = {}
+    for stem in keys.modules:
+        if rows := family.locate(keys.layout.name, keys.layout.dot, stem):
+            located[stem] = rows
+    for stem in keys.bare:
+        rows = family.locate(keys.layout.name, keys.layout.dot, stem)
+        if rows and rows[0].row.param is not None:
+            located[stem] = rows
+    return _Claim(keys, located)
+
+
+def _promising(family: Family, keys: _Keys) -> bool:
+    """Whether any of a spread sample of modules, or else any module at all, is known."""
+    stems = keys.stems
+    step = max(1, len(stems) // _SAMPLE)
+    sampled = stems[::step]
+    return any(family.locate(keys.layout.name, keys.layout.dot, stem) for stem in sampled)
+
+
+def _module_shape(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of the weight that the tensors of a change fit, where the header alone tells."""
+    match kind:
+        case "lora" if "mid" not in shapes:
+            up, down = shapes["up"], shapes["down"]
+            return (up[0], *down[1:]) if up and down else None
+        case "lokr" if "w1" in shapes and "w2" in shapes:
+            one, two = shapes["w1"], shapes["w2"]
+            return (one[0] * two[0], one[1] * two[1], *two[2:])
+        case "glora" if "bm" not in shapes:
+            return (shapes["b1"][0], *shapes["b2"][1:])
+        case "diff":
+            return shapes["value"]
+        case _:
+            return None
+
+
+def _base_shape(family: Family, located: Located) -> tuple[int, ...] | None:
+    network = family.network(located.prefix.component)
+    if network is None:
+        return None
+    shapes = [network.weight_shape(piece.module) for piece in located.row.span]
+    if any(shape is None for shape in shapes):
+        return None
+    rows = sum(
+        int(shape[0] * (piece.stop - piece.start))
+        for shape, piece in zip(shapes, located.row.span, strict=True)
+        if shape
+    )
+    first = shapes[0]
+    return (rows, *first[1:]) if first else None
+
+
+def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[bool, bool] | None:
+    """Whether the number of dimensions, and the sizes, are those of the base weight."""
+    base = _base_shape(family, located)
+    if base is None:
+        return None
+    return len(shape) == len(base), shape == base
+
+
+def _shape_of(spelled: Sequence[tuple[str, tuple[Spelling, ...]]], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
+    for kind in ("lora", "lokr", "glora", "diff"):
+        shapes = {
+            s.role: tensors[key].shape
+            for key, options in spelled
+            for s in options
+            if s.kind == kind and s.param == "weight"
+        }
+        if any(required <= shapes.keys() for required in KINDS[kind].required):
+            return _module_shape(kind, shapes)
+    return None
+
+
+def _choose(family: Family, rows: tuple[Located, ...], shape: tuple[int, ...] | None) -> Located:
+    """The row meant by a name that several components know: the one whose base weight fits."""
+    if len(rows) > 1 and shape is not None:
+        for located in rows:
+            if _fits(family, located, shape) == (True, True):
+                return located
+    return rows[0]
+
+
+def _candidate(family: Family, splits: Sequence[_Keys], store: Store) -> tuple[Candidate, list[_Claim]] | None:
+    """The family's best explanation: the layout that claims most, then others for what is left."""
+    claims = [_claim(family, keys) for keys in splits if keys.layout.name in family.spelling and _promising(family, keys)]
+    chosen: list[_Claim] = []
+    explained: set[str] = set()
+    while claims:
+        best = max(claims, key=lambda claim: len(claim.claimed - explained))
+        if not best.claimed - explained:
+            break
+        chosen.append(best)
+        explained |= best.claimed
+        claims.remove(best)
+    if not chosen:
+        return None
+    carried = {key for key in store.tensors for claim in chosen if claim.keys.layout.passenger(key)}
+    checked = [
+        fit
+        for claim in chosen
+        for stem, rows in claim.located.items()
+        if (shape := _shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
+        and (fit := _fits(family, _choose(family, rows, shape), shape)) is not None
+    ]
+    candidate = Candidate(
+        family=family,
+        layouts=tuple(claim.keys.layout.name for claim in chosen),
+        share=len(explained | carried) / len(store.tensors),
+        dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
+        shapes=sum(same for _, same in checked) / len(checked) if checked else 0.0,
+        evidence=_evidence(family, store.metadata),
+    )
+    return candidate, chosen
+
+
+def _evidence(family: Family, metadata: Mapping[str, str]) -> bool:
+    return any(
+        metadata.get(key, "").startswith(beginnings) for key, beginnings in family.evidence.items()
+    )
+
+
+def explain(store: Store, *, family_name: str | None = None) -> Explanation:
+    """Explain a file from its header.
+
+    family_name: consider only this family (or this size of one).
+    Raises Unrecognized, with the nearest candidates, if nothing explains any tensor.
+    """
+    strip = wrappers().strip
+    plain = [(key, strip(key)) for key in store.tensors]
+    splits = [_split(plain, layout) for layout in layouts().values()]
+    considered = family(family_name) if family_name else families()
+    found = [c for f in considered if (c := _candidate(f, splits, store)) is not None]
+    if not found:
+        raise _unrecognized(store)
+    ranked = sorted(found, key=lambda c: c[0].rank, reverse=True)
+    ranked = _prefer_tables(ranked)
+    best, claims = ranked[0]
+    others = [c for c, _ in ranked[1:] if c.rank == best.rank]
+    result = _explanation(best.family, claims, store)
+    return replace(
+        result,
+        share=best.share,
+        shapes=best.shapes,
+        # Sizes of one model know the same names; the smallest that explains all will do.
+        equals=tuple(c for c in others if c.family.name != best.family.name),
+        nearest=tuple(c for c, _ in ranked[:3]),
+        stripped=sum(key != bare for key, bare in plain),
+    )
+
+
+def _prefer_tables(ranked: list[tuple[Candidate, list[_Claim]]]) -> list[tuple[Candidate, list[_Claim]]]:
+    """Put families with tables before open ones, if a table knows nearly all of the file."""
+    closed = [c for c in ranked if not c[0].family.open]
+    opened = [c for c in ranked if c[0].family.open]
+    if closed and (closed[0][0].share >= _CLOSED_ENOUGH or not opened):
+        return closed + opened
+    return opened + closed if opened and (not closed or opened[0][0].share > closed[0][0].share) else closed + opened
+
+
+def _unrecognized(store: Store) -> Unrecognized:
+    keys = list(store.tensors)
+    shown = ", ".join(f"`{key}`" for key in keys[:3])
+    return Unrecognized(
+        f"{store.path or 'state dict'}: no known family or layout explains any of its {len(keys)} tensors ({shown}, …)",
+        hint="`adapterkit formats` lists what can be read; a full checkpoint is not an adapter",
+        details={"tensors": len(keys), "first": list[Json](keys[:5])},
+    )
+
+
+def _explanation(family: Family, claims: Sequence[_Claim], store: Store) -> Explanation:
+    entries: list[Entry] = []
+    incomplete: list[Incomplete] = []
+    passengers: dict[str, str] = {}
+    taken: set[str] = set()
+    for claim in claims:
+        for key in store.tensors:
+            if key not in taken and (what := claim.keys.layout.passenger(key)):
+                passengers[key] = what
+                taken.add(key)
+        for stem, rows in claim.located.items():
+            spelled = [item for item in claim.keys.modules.get(stem, ()) if item[0] not in taken]
+            if stem in claim.keys.bare and stem not in taken:
+                entries.append(_bare(rows[0], claim.keys.layout, stem))
+                taken.add(stem)
+            if spelled:
+                located = _choose(family, rows, _shape_of(spelled, store.tensors))
+                made, left = _entries(located, claim.keys.layout, stem, spelled, store.tensors)
+                entries += made
+                if left:
+                    incomplete.append(Incomplete(stem, left))
+                taken.update(key for key, _ in spelled)
+    return Explanation(
+        family=family,
+        layouts=tuple(claim.keys.layout.name for claim in claims),
+        share=0.0,
+        shapes=0.0,
+        entries=tuple(entries),
+        incomplete=tuple(incomplete),
+        passengers=passengers,
+        unclaimed=tuple(key for key in store.tensors if key not in taken),
+        adapter_names=tuple(sorted({name for claim in claims for name in claim.keys.adapter_names})),
+    )
+
+
+def _bare(located: Located, layout: Layout, key: str) -> Entry:
+    """A tensor under its own full name: it replaces the base's."""
+    place = Place(located.prefix.component, located.row.span, located.row.param or "")
+    roles = {"value": Role(key, Spelling("set", "value", ""))}
+    text = located.prefix.text
+    return Entry(place, layout.name, text, located.prefix.naming, key, key[len(text) :], "set", roles, {})
+
+
+def _entries(
+    located: Located,
+    layout: Layout,
+    stem: str,
+    spelled: Sequence[tuple[str, tuple[Spelling, ...]]],
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[list[Entry], tuple[str, ...]]:
+    """The whole changes that a module's tensors make, and the keys that make none."""
+    modifiers: dict[str, Role] = {}
+    options: dict[tuple[str, str], dict[str, Role]] = {}
+    for key, spellings in spelled:
+        for s in spellings:
+            if s.ndim and s.ndim != len(tensors[key].shape):
+                continue
+            if not s.kind:
+                modifiers[s.role] = Role(key, s)
+            else:
+                options.setdefault((s.kind, s.param), {})[s.role] = Role(key, s)
+    entries: list[Entry] = []
+    free = {key for key, _ in spelled} - {role.key for role in modifiers.values()}
+    prefix = located.prefix
+    for (kind, param), roles in sorted(options.items(), key=lambda item: -len(item[1])):
+        usable = {name: role for name, role in roles.items() if role.key in free}
+        if not any(required <= usable.keys() for required in KINDS[kind].required):
+            continue
+        free -= {role.key for role in usable.values()}
+        own = located.row.param if located.row.param is not None else param
+        entries.append(
+            Entry(
+                place=Place(prefix.component, located.row.span, own),
+                layout=layout.name,
+                prefix=prefix.text,
+                naming=prefix.naming,
+                native=stem,
+                path=stem[len(prefix.text) :],
+                kind=kind,
+                roles=usable,
+                modifiers=modifiers if param == "weight" else {},
+            )
+        )
+    if modifiers and not any(entry.modifiers for entry in entries):
+        free |= {role.key for role in modifiers.values()}
+    return entries, tuple(key for key, _ in spelled if key in free)

@@ -1,0 +1,313 @@
+"""Planning: what will be written, settled before a byte is written.
+
+A plan lists every output tensor with its shape, knows what each is made of, and makes it when the
+writer asks: one tensor at a time, so that memory is bounded by the largest and not by the file.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adapterkit import deltas
+from adapterkit.adapter import Adapter, Receipt, weight_shape
+from adapterkit.deltas import Change, Magnitude
+from adapterkit.errors import AdapterkitError, Json, Refused, Unrepresentable, Untranslatable
+from adapterkit.recut import Cut, Source, recut
+from adapterkit.specs.families import Place, Target
+from adapterkit.specs.layouts import Layout, layouts
+from adapterkit.specs.tuner_config import ModuleScale
+from adapterkit.spell import Site, cast_float, spell
+from adapterkit.stores import TensorInfo, canonical_order, dtype_name
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may decide about a conversion.
+
+    dtype: of the written factors; None keeps each as it is.
+    as_lora: expand every kind that has an exact low-rank form.
+    allow: named consents to lose something ("untranslatable", "passengers", "nonfinite", …).
+    fold: put the scale into the factors even where the target has a place for it.
+    """
+
+    dtype: torch.dtype | None = None
+    as_lora: bool = False
+    allow: frozenset[str] = frozenset()
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the output: what it is made of and the tensors it becomes.
+
+    path: its name in the target without prefix.  tensors: key -> (dtype, shape) as written.
+    """
+
+    component: str
+    native: str
+    path: str
+    cut: Cut
+    site: Site
+    kind: str
+    tensors: Mapping[str, TensorInfo]
+    scale: ModuleScale | None
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An adapter, a target, and everything that will be written.
+
+    receipt: what becomes of every input tensor.  idle: modules left out because they are exactly
+    zero beside parts that are not.  rounded: modules whose scale could not be folded exactly.
+    """
+
+    adapter: Adapter
+    target: Target
+    options: Options
+    modules: tuple[Module, ...]
+    passengers: Mapping[str, Tensor]
+    receipt: Receipt
+    idle: tuple[str, ...]
+
+    @cached_property
+    def rounded(self) -> tuple[str, ...]:
+        return tuple(module.native for module in self.modules if not module.exact)
+
+    @property
+    def layout(self) -> Layout:
+        return layouts()[self.target.layout]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(module.component for module in self.modules))
+
+    def header(self, component: str | None = None) -> list[TensorInfo]:
+        """The tensors to be written, in the order of the file; of one component, or of all."""
+        infos = [
+            info
+            for module in self.modules
+            if component in (None, module.component)
+            for info in module.tensors.values()
+        ]
+        if component in (None, self.components[0] if self.components else None):
+            infos += [info_of(key, tensor) for key, tensor in self.passengers.items()]
+        return canonical_order(infos)
+
+    def tensors(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+        """Make these tensors one after another. Raises Refused for a number that is not finite."""
+        owner = {key: module for module in self.modules for key in module.tensors}
+        made: tuple[Module | None, dict[str, Tensor]] = (None, {})
+        for info in infos:
+            module = owner.get(info.name)
+            if module is None:
+                yield info.name, self.passengers[info.name]
+                continue
+            if made[0] is not module:
+                made = (module, _tensors(module, self.options))
+            yield info.name, self._checked(info.name, made[1][info.name])
+
+    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+        if "nonfinite" in self.options.allow or not tensor.is_floating_point():
+            return tensor
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())
+            raise Refused(
+                f"`{key}`: {bad} of {tensor.numel()} numbers are not finite in {dtype_name(tensor.dtype)}",
+                code="nonfinite",
+                hint="the adapter is damaged, or its numbers are too large for this dtype; "
+                "--allow nonfinite writes them as they are",
+                details={"key": key, "count": bad},
+            )
+        return tensor
+
+
+def info_of(key: str, tensor: Tensor) -> TensorInfo:
+    return TensorInfo(key, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def _tensors(module: Module, options: Options) -> dict[str, Tensor]:
+    change = module.cut.make()
+    assert change is not None
+    tensors = spell(change, module.site).tensors
+    return {key: cast_float(tensor, options.dtype) for key, tensor in tensors.items()}
+
+
+def make_plan(adapter: Adapter, target: Target, options: Options | None = None) -> Plan:
+    """Settle what `adapter` becomes in `target`.
+
+    Raises Untranslatable for places the target has no name for, Unrepresentable for changes it has
+    no form for, and Refused for passengers it does not know, unless the options allow it.
+    """
+    options = options or Options()
+    planning = _Planning(adapter, target, options)
+    for component in adapter.components:
+        planning.add_component(component)
+    passengers = planning.passengers()
+    return Plan(
+        adapter=adapter,
+        target=target,
+        options=options,
+        modules=tuple(planning.modules),
+        passengers=passengers,
+        receipt=planning.receipt(),
+        idle=tuple(planning.idle),
+    )
+
+
+@dataclass
+class _Planning:
+    adapter: Adapter
+    target: Target
+    options: Options
+    modules: list[Module] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    lost: dict[Place, str] = field(default_factory=dict)
+    dropped_passengers: list[str] = field(default_factory=list)
+    taken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        return layouts()[self.target.layout]
+
+    def add_component(self, component: str) -> None:
+        sources = [
+            Source(place, self._prepared(change))
+            for place, changes in self.adapter.changes.items()
+            if place.component == component
+            for change in changes
+        ]
+        prefix = self.target.prefixes.get(component)
+        if prefix is None:
+            self._nameless(sources, component)
+            return
+        found = recut(sources, self.adapter.family.names(component, prefix.naming))
+        self._nameless(found.nameless, component)
+        scales: dict[str, float] = {}
+        # Weights first: a bias that lies inside a layer is written relative to the layer's scale.
+        for cut in sorted(found.cuts, key=lambda cut: cut.param == "bias"):
+            self._add(cut, component, prefix.text, scales)
+
+    def _prepared(self, change: Change) -> Change:
+        if isinstance(change, Magnitude):
+            if "magnitude" in self.options.allow and not self._writes_magnitude():
+                return self._prepared(change.inner)
+            return replace(change, inner=self._prepared(change.inner))
+        if self.options.as_lora and change.kind != "lora" and _expands(change):
+            change = change.low_rank()
+        return deltas.fold(change)[0] if self.options.fold else change
+
+    def _writes_magnitude(self) -> bool:
+        return self.layout.spelling("", "magnitude", "weight", "") is not None
+
+    def _nameless(self, sources: Sequence[Source], component: str) -> None:
+        if not sources:
+            return
+        natives = [self.adapter.natives.get(s.place, s.place.span[0].module) for s in sources]
+        if "untranslatable" not in self.options.allow:
+            shown = ", ".join(f"`{name}`" for name in natives[:3]) + (", …" if len(natives) > 3 else "")
+            raise Untranslatable(
+                f"{self.layout.title} has no name for {len(natives)} modules of {component}: {shown}",
+                hint="--allow untranslatable leaves them out; another format may keep them",
+                details={"modules": list[Json](natives), "component": component},
+            )
+        self.lost.update((source.place, "untranslatable") for source in sources)
+
+    def _add(self, cut: Cut, component: str, prefix: str, scales: dict[str, float]) -> None:
+        native = prefix + cut.row.native.replace(".", self.layout.dot)
+        site = Site(
+            layout=self.layout,
+            component=component,
+            native=native,
+            param=cut.param if cut.row.param is None else "weight",
+            scale_home=self.target.scale,
+            of_norm=self._is_vector(cut, component),
+            beside=scales.get(native, 1.0),
+        )
+        try:
+            change = cut.make()
+            if change is None:
+                self.idle.append(native)
+                return
+            spelled = spell(change, site)
+        except Unrepresentable as error:
+            if "untranslatable" in self.options.allow:
+                self.lost.update((s.place, error.code) for part in cut.parts if (s := part.source))
+                return
+            raise
+        if spelled.scale is not None:
+            scales[native] = spelled.scale
+        tensors = {
+            key: info_of(key, cast_float(tensor, self.options.dtype)) for key, tensor in spelled.tensors.items()
+        }
+        self._require_free(tensors, native)
+        scale = None
+        if spelled.scale is not None and spelled.rank is not None:
+            scale = ModuleScale(cut.row.native, spelled.rank, spelled.scale)
+        self.modules.append(
+            Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, spelled.exact)
+        )
+
+    def _is_vector(self, cut: Cut, component: str) -> bool:
+        source = next((part.source for part in cut.parts if part.source), None)
+        if source is None:
+            return False
+        shape = weight_shape(self.adapter.family, replace(source.place, param="weight"))
+        if shape is not None:
+            return len(shape) == 1
+        return cut.param == "weight" and len(source.change.shape) == 1
+
+    def _require_free(self, keys: Collection[str], native: str) -> None:
+        for key in keys:
+            if key in self.taken:
+                raise Unrepresentable(
+                    f"`{native}`: two kinds of change would share the key `{key}`",
+                    code="two-kinds",
+                    hint="--as lora expands them to one kind",
+                    details={"key": key},
+                )
+            self.taken[key] = native
+
+    def passengers(self) -> dict[str, Tensor]:
+        """The passengers that the target knows; Refused for others unless their loss is allowed."""
+        kept = {}
+        for key, tensor in self.adapter.passengers.items():
+            if self.layout.passenger(key) is not None:
+                kept[key] = tensor
+            else:
+                self.dropped_passengers.append(key)
+        if self.dropped_passengers and "passengers" not in self.options.allow:
+            raise Refused(
+                f"{self.layout.title} has no place for {len(self.dropped_passengers)} tensors that travel "
+                f"with the adapter: `{self.dropped_passengers[0]}`, …",
+                code="passengers",
+                hint="--allow passengers leaves them out",
+                details={"keys": list[Json](self.dropped_passengers)},
+            )
+        return kept
+
+    def receipt(self) -> Receipt:
+        """Every input tensor, sorted into mapped, carried and dropped."""
+        read = self.adapter.receipt
+        lost = {
+            key: reason for place, reason in self.lost.items() for key in self.adapter.keys.get(place, ())
+        }
+        lost |= dict.fromkeys(self.dropped_passengers, "passengers")
+        return Receipt(
+            total=read.total,
+            mapped=read.mapped - (len(lost) - len(self.dropped_passengers)),
+            carried=read.carried - len(self.dropped_passengers),
+            dropped={**read.dropped, **lost},
+        )
+
+
+def _expands(change: Change) -> bool:
+    return type(change).low_rank is not Change.low_rank
+
+

@@ -1,0 +1,247 @@
+"""Re-cutting: from the rows a change was trained on to the rows another naming has tensors for.
+
+A naming's lines may differ from the source's: one native tensor stacks what another keeps apart.
+Where the lines agree nothing is touched. Elsewhere changes are cut to the pieces they cover and
+stacked to the target's rows, all of it exact (see `adapterkit.deltas`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from adapterkit import deltas
+from adapterkit.deltas import Change
+from adapterkit.errors import Mismatch
+from adapterkit.specs.families import Names, Place
+from adapterkit.specs.names import Piece, Row, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One change with the place it comes from."""
+
+    place: Place
+    change: Change
+
+    @property
+    def kind(self) -> str:
+        inner = self.change.inner if isinstance(self.change, deltas.Magnitude) else self.change
+        return f"dora {inner.kind}" if inner is not self.change else inner.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows [start, stop) of a source, or `height` rows that nothing changes (source None)."""
+
+    source: Source | None
+    start: int
+    stop: int
+
+    @property
+    def height(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one native tensor of the target is made of.
+
+    A single part that is the whole of its source is a renaming.
+    """
+
+    row: Row
+    param: str
+    parts: tuple[Part, ...]
+    transposed: bool = False
+
+    @property
+    def renames(self) -> bool:
+        return len(self.parts) == 1 and not self.transposed and self._is_whole(self.parts[0])
+
+    @staticmethod
+    def _is_whole(part: Part) -> bool:
+        return part.source is not None and part.start == 0 and part.stop == part.source.change.rows
+
+    def make(self) -> Change | None:
+        """The change of this native tensor; None if it turns out to change nothing.
+
+        A piece of a fused change that is exactly zero, beside pieces that are not, was never
+        trained: leaving it out loses nothing.
+        """
+        if self.renames and self.parts[0].source is not None:
+            return self.parts[0].source.change
+        parts: list[Change | None] = []
+        for part in self.parts:
+            if part.source is None:
+                parts.append(None)
+                continue
+            piece = part.source.change.take(part.start, part.stop)
+            idle = piece is not part.source.change and deltas.is_zero(piece)
+            parts.append(None if idle and not deltas.is_zero(part.source.change) else piece)
+        if all(part is None for part in parts):
+            return None
+        made = deltas.stack(parts, [part.height for part in self.parts])
+        return deltas.transpose(made) if self.transposed else made
+
+
+@dataclass(frozen=True)
+class Recut:
+    """cuts: what the target's tensors are made of.  nameless: sources the target has no rows for."""
+
+    cuts: tuple[Cut, ...]
+    nameless: tuple[Source, ...]
+
+
+def recut(sources: Iterable[Source], names: Names) -> Recut:
+    """Say how the sources of one component fill the rows of `names`.
+
+    Kinds are kept apart: each is cut and stacked on its own.
+    """
+    streams: dict[tuple[str, str], list[Source]] = defaultdict(list)
+    for source in sources:
+        streams[(source.kind, source.place.param)].append(source)
+    cuts: list[Cut] = []
+    nameless: list[Source] = []
+    for (_, param), stream in streams.items():
+        found = _recut_stream(stream, names, param)
+        cuts += found.cuts
+        nameless += found.nameless
+    return Recut(tuple(cuts), tuple(nameless))
+
+
+def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
+    cuts: list[Cut] = []
+    apart: list[Source] = []
+    for source in stream:
+        row = names.at(source.place.span, param)
+        if row is None:
+            apart.append(source)
+        else:
+            rows = source.change.rows
+            cuts.append(Cut(row, param, (Part(source, 0, rows if rows is not None else 0),)))
+    rows, nameless = _rows_for(apart, names, param)
+    pieces = _by_module(s for s in stream if s not in nameless)
+    for row in rows:
+        cuts.append(_cut(row, param, pieces))
+    return Recut(tuple(cuts), tuple(nameless))
+
+
+def _rows_for(
+    sources: Sequence[Source], names: Names, param: str
+) -> tuple[tuple[Row, ...], list[Source]]:
+    """The target's rows that these sources reach, and the sources that it cannot name in full."""
+    rows: dict[str, Row] = {}
+    nameless: list[Source] = []
+    for source in sources:
+        reached = [
+            row
+            for piece in source.place.span
+            for row in names.covering(piece.module)
+            if row.param in (None, param)
+        ]
+        named = {piece.module for row in reached for piece in row.span}
+        if any(piece.module not in named for piece in source.place.span):
+            nameless.append(source)
+        else:
+            rows.update((row.native, row) for row in reached)
+    return tuple(rows.values()), nameless
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """A piece of a source: rows [first, first + height) of it are `piece`."""
+
+    source: Source
+    piece: Piece
+    first: int
+    height: int
+
+
+def _by_module(sources: Iterable[Source]) -> dict[str, list[_Stretch]]:
+    found: dict[str, list[_Stretch]] = defaultdict(list)
+    for source in sources:
+        for piece, first, height in _heights(source):
+            found[piece.module].append(_Stretch(source, piece, first, height))
+    return found
+
+
+def _heights(source: Source) -> Iterable[tuple[Piece, int, int]]:
+    """Where each piece of a source's span lies in its rows."""
+    span = source.place.span
+    total = sum(piece.weight for piece in span)
+    rows = source.change.rows
+    if rows is None or rows % total:
+        raise Mismatch(
+            f"`{span[0].module}` and {len(span) - 1} more share {rows} rows in {total} equal parts, which cannot be",
+            hint="the tensor is not the fused weight that its name says",
+        )
+    first = 0
+    for piece in span:
+        height = rows // total * piece.weight
+        yield piece, first, height
+        first += height
+
+
+def _cut(row: Row, param: str, pieces: Mapping[str, list[_Stretch]]) -> Cut:
+    """Fill the pieces of one target row from the stretches that cover them."""
+    unit = _unit(row.span, pieces)
+    parts: list[Part] = []
+    transposed = False
+    for piece in row.span:
+        covering = [s for s in pieces.get(piece.module, ()) if s.piece.start < piece.stop and piece.start < s.piece.stop]
+        if not covering:
+            height = unit * piece.weight
+            if height.denominator != 1:
+                raise Mismatch(f"`{row.native}`: `{piece.module}` would have {height} rows")
+            parts.append(Part(None, 0, int(height)))
+            continue
+        transposed |= covering[0].piece.transposed != piece.transposed
+        parts += _fill(piece, sorted(covering, key=lambda s: s.piece.start))
+    return Cut(row, param, _joined(parts), transposed)
+
+
+def _unit(span: Span, pieces: Mapping[str, list[_Stretch]]) -> Fraction:
+    """The height of a piece of weight 1, from any piece whose rows are known."""
+    for piece in span:
+        for stretch in pieces.get(piece.module, ()):
+            whole = Fraction(stretch.height) / (stretch.piece.stop - stretch.piece.start)
+            return whole * (piece.stop - piece.start) / piece.weight
+    return Fraction(0)
+
+
+def _fill(piece: Piece, covering: Sequence[_Stretch]) -> list[Part]:
+    """The parts of sources that make up one piece, with the gaps between them."""
+    parts: list[Part] = []
+    at = piece.start
+    for stretch in covering:
+        per_share = Fraction(stretch.height) / (stretch.piece.stop - stretch.piece.start)
+        start, stop = max(piece.start, stretch.piece.start), min(piece.stop, stretch.piece.stop)
+        if start > at:
+            parts.append(Part(None, 0, _whole((start - at) * per_share, piece)))
+        offset = stretch.first + _whole((start - stretch.piece.start) * per_share, piece)
+        parts.append(Part(stretch.source, offset, offset + _whole((stop - start) * per_share, piece)))
+        at = stop
+    if at < piece.stop:
+        parts.append(Part(None, 0, _whole((piece.stop - at) * per_share, piece)))
+    return parts
+
+
+def _whole(rows: Fraction, piece: Piece) -> int:
+    if rows.denominator != 1:
+        raise Mismatch(f"a cut through `{piece.module}` would fall between two rows")
+    return int(rows)
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Neighbouring parts of one source that follow on from each other, as one."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.source is part.source is not None and last.stop == part.start:
+            joined[-1] = Part(part.source, last.start, part.stop)
+        else:
+            joined.append(part)
+    return tuple(joined)

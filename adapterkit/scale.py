@@ -1,0 +1,153 @@
+"""The scale of each change: one function that owns every rule about alpha.
+
+What multiplies up @ down can stand in six places, and the readers of the world disagree about
+them. Here it is resolved once per change, with its source said in words; two sources that differ
+are an error until the user says which holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from adapterkit.detect import Entry, Explanation
+from adapterkit.errors import Conflict, StoreError
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.tuner_config import CONFIG_FILE, METADATA_KEY, TunerConfig, from_metadata
+from adapterkit.stores import Store
+
+ScaleFrom = Literal["alpha", "config"]
+
+# A source may have been rounded to the file's dtype (bf16 keeps 8 bits of an alpha).
+_SAME = 2.0**-8
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """value: what multiplies the change.  alpha: as the file gives it, if it does.  source: in words."""
+
+    value: float
+    alpha: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The configuration that goes with each component of a file, if there is one."""
+
+    sidecar: TunerConfig | None
+    by_component: Mapping[str, TunerConfig]
+
+    def of(self, component: str) -> TunerConfig | None:
+        return self.sidecar or self.by_component.get(component)
+
+    @property
+    def name(self) -> str:
+        return CONFIG_FILE if self.sidecar else METADATA_KEY
+
+
+def configs(store: Store, explanation: Explanation) -> Configs:
+    """Read the configurations beside or inside a file; StoreError if one is malformed."""
+    sidecar = store.sidecars.get(CONFIG_FILE)
+    text = store.metadata.get(METADATA_KEY)
+    by_component = {}
+    if text:
+        for component in explanation.family.components:
+            if (config := from_metadata(text, component)) is not None:
+                by_component[component] = config
+    return Configs(TunerConfig(sidecar) if isinstance(sidecar, dict) else None, by_component)
+
+
+def rank_of(entry: Entry, store: Store) -> int | None:
+    """The rank of a change from the shapes of its factors; None for kinds and forms without one."""
+    for name, axis in KINDS[entry.kind].rank:
+        if (role := entry.roles.get(name)) is not None:
+            shape = store.tensors[role.key].shape
+            stored = role.spelling.axes.split().index("r") if role.spelling.axes else axis
+            return shape[stored] if stored < len(shape) else None
+    return None
+
+
+def scale_of(
+    entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom | None = None
+) -> Scale:
+    """The scale of one change.
+
+    scale_from: which source holds when the tensor beside the module and the config disagree.
+    Raises Conflict if they do and it is None.
+    """
+    if not KINDS[entry.kind].scales:
+        return Scale(1.0, None, "none: this kind has no scale")
+    rank = rank_of(entry, store)
+    config = found.of(entry.place.component)
+    candidates: dict[ScaleFrom, Scale] = {}
+    if (own := _beside(entry, store, rank)) is not None:
+        candidates["alpha"] = own
+    if config is not None and (value := config.scale(entry.path, rank)) is not None:
+        candidates["config"] = Scale(value, config.alpha(entry.path), found.name)
+    scale = _one_of(entry, store, candidates, scale_from)
+    if (role := entry.modifiers.get("scalar")) is not None:
+        factor = store.scalar(role.key)
+        return Scale(scale.value * factor, scale.alpha, f"{scale.source}, times `.scalar`")
+    return scale
+
+
+def _one_of(
+    entry: Entry, store: Store, candidates: Mapping[ScaleFrom, Scale], scale_from: ScaleFrom | None
+) -> Scale:
+    if not candidates:
+        return Scale(1.0, None, "none given: 1")
+    if scale_from in candidates:
+        return candidates[scale_from]
+    values = list(candidates.values())
+    if len(values) == 2 and not math.isclose(values[0].value, values[1].value, rel_tol=_SAME):
+        first, second = values
+        raise Conflict(
+            f"{store.path or 'state dict'}: `{entry.native}`: scale {first.value:g} from {first.source}, "
+            f"{second.value:g} from {second.source}",
+            code="scale-conflict",
+            hint="say which holds with --scale-from alpha or --scale-from config",
+            details={"module": entry.native, "alpha": first.value, "config": second.value},
+        )
+    return values[0]
+
+
+def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
+    """The scale from a tensor beside the module: `.scale` itself, or `.alpha` by the rank."""
+    if (role := entry.modifiers.get("scale")) is not None:
+        return Scale(_finite(store, role.key), None, "`.scale`")
+    if (role := entry.modifiers.get("alpha")) is None:
+        return None
+    alpha = _finite(store, role.key)
+    if rank is None:
+        # LyCORIS ignores alpha when neither factor of a LoKr is decomposed.
+        return Scale(1.0, alpha, "`.alpha` does not apply to undecomposed factors")
+    if alpha == 0 and _zero_means_rank(store.metadata):
+        return Scale(1.0, alpha, "`.alpha` 0, which the trainer takes for the rank")
+    divisor = math.sqrt(rank) if _rank_stabilised(entry, store.metadata) else rank
+    return Scale(alpha / divisor, alpha, "`.alpha`")
+
+
+def _finite(store: Store, key: str) -> float:
+    value = store.scalar(key)
+    if not math.isfinite(value):
+        raise StoreError(f"{store.path or 'state dict'}: `{key}` is {value}", code="bad-alpha")
+    return value
+
+
+def _zero_means_rank(metadata: Mapping[str, str]) -> bool:
+    # sd-scripts and LyCORIS take alpha 0 or None for the rank when they build the modules.
+    return metadata.get("ss_network_alpha") in {"0", "0.0", "None"}
+
+
+def _rank_stabilised(entry: Entry, metadata: Mapping[str, str]) -> bool:
+    # LyCORIS stores alpha times sqrt(rank) for every kind but GLoRA, where it stores alpha itself.
+    if entry.kind != "glora":
+        return False
+    try:
+        return bool(json.loads(metadata.get("ss_network_args", "{}")).get("rs_lora"))
+    except (json.JSONDecodeError, AttributeError):
+        return False

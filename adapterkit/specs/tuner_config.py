@@ -1,0 +1,135 @@
+"""PEFT's configuration, its meaning for a file tool: the scale of each module.
+
+It stands in adapter_config.json beside a PEFT adapter, and in diffusers' metadata under
+`lora_adapter_metadata`, each field with the component's name before it. The rules are PEFT's own
+(src/peft/utils/other.py get_pattern_key, src/peft/tuners/lora/layer.py update_layer, v0.21.2).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+from adapterkit.errors import Json, StoreError
+
+METADATA_KEY = "lora_adapter_metadata"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """One adapter's configuration, as read. `values` keeps every field."""
+
+    values: Mapping[str, Json]
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.values.get("peft_type") or "LORA")
+
+    def flag(self, name: str) -> bool:
+        return bool(self.values.get(name))
+
+    def alpha(self, module: str) -> float | None:
+        """lora_alpha (alpha for LoHa and LoKr) of a module, or None if the config has none."""
+        default = self.values.get("lora_alpha", self.values.get("alpha"))
+        value = self._of_pattern("alpha_pattern", module, default)
+        return None if value is None else float(value)
+
+    def rank(self, module: str) -> int | None:
+        value = self._of_pattern("rank_pattern", module, self.values.get("r"))
+        return None if value is None else int(value)
+
+    def scale(self, module: str, rank: int | None) -> float | None:
+        """What multiplies up @ down, or None if the config does not say.
+
+        rank: the rank of the stored factors; the config's own serves where the factors have none.
+        """
+        alpha = self.alpha(module)
+        r = rank or self.rank(module)
+        if alpha is None or not r:
+            return None
+        return alpha / math.sqrt(r) if self.flag("use_rslora") else alpha / r
+
+    @cached_property
+    def _patterns(self) -> dict[str, tuple[tuple[re.Pattern[str], float], ...]]:
+        compiled = {}
+        for name in ("alpha_pattern", "rank_pattern"):
+            table = cast(dict[str, float], self.values.get(name) or {})
+            try:
+                compiled[name] = tuple(
+                    (re.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()
+                )
+            except re.error as error:
+                raise StoreError(
+                    f"`{name}` of the adapter's config holds `{error.pattern}`, which is no regular expression",
+                    code="bad-config",
+                ) from error
+        return compiled
+
+    def _of_pattern(self, name: str, module: str, default: Json) -> float | None:
+        # PEFT takes the first key, in the order of the file, that matches at the name's end.
+        for pattern, value in self._patterns[name]:
+            if pattern.match(module):
+                return value
+        return cast("float | None", default)
+
+
+def from_metadata(text: str, component: str) -> TunerConfig | None:
+    """The part of diffusers' metadata that concerns `component`; None if it has none."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StoreError(f"metadata `{METADATA_KEY}` is no JSON: {error}", code="bad-config") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"metadata `{METADATA_KEY}` is no JSON object", code="bad-config")
+    front = f"{component}."
+    values = {key[len(front) :]: value for key, value in document.items() if key.startswith(front)}
+    return TunerConfig(values) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleScale:
+    """What a config must say of one module: its names (any of them), rank and scale."""
+
+    module: str
+    rank: int
+    scale: float
+
+
+def config_fields(modules: Sequence[ModuleScale]) -> dict[str, Json]:
+    """The fields r, lora_alpha, rank_pattern, alpha_pattern and target_modules for these modules.
+
+    The commonest rank and alpha are the defaults, every other module has a pattern of its own.
+    """
+    alphas = {m.module: m.scale * m.rank for m in modules}
+    rank = Counter(m.rank for m in modules).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    names = list(alphas)
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {_pattern(m.module, names): m.rank for m in modules if m.rank != rank},
+        "alpha_pattern": {_pattern(n, names): _number(alphas[n]) for n in names if alphas[n] != alpha},
+        "target_modules": cast(Json, names),
+    }
+
+
+def _pattern(module: str, names: Sequence[str]) -> str:
+    """A key that PEFT matches with `module` and, among `names`, with no other.
+
+    PEFT matches at the name's end, so `proj_out` would also match `blocks.0.proj_out`; the anchor
+    is left away where it is not needed, since a text encoder's names may get a prefix.
+    """
+    shadows = any(name.endswith(f".{module}") for name in names) or "." not in module
+    return f"^{re.escape(module)}" if shadows else re.escape(module)
+
+
+def _number(value: float) -> int | float:
+    # 8.0 is written 8, as PEFT and every reader's integer check expect; 29.3 stays.
+    return int(value) if value.is_integer() else value

@@ -1,0 +1,196 @@
+"""Spelling: the tensors and keys that a change has in a layout.
+
+The counterpart of reading in `adapterkit.adapter`, from the same tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from adapterkit import deltas
+from adapterkit.deltas import Change, Magnitude, Scaling, Whole
+from adapterkit.errors import Unrepresentable
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.layouts import Layout, ScaleHome, Spelling
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a change is to be written.
+
+    native: the module's full name in the target, prefix included.
+    of_norm: its weight is a vector.  beside: the scale of the module's own change, which applies
+    to a bias inside the same layer.
+    """
+
+    layout: Layout
+    component: str
+    native: str
+    param: str
+    scale_home: ScaleHome
+    of_norm: bool = False
+    beside: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """tensors: by key.  scale: what a config must say of the module, if it is the scale's home.
+
+    exact: nothing was rounded.  note: why, if something was.
+    """
+
+    tensors: dict[str, Tensor]
+    kind: str
+    rank: int | None = None
+    scale: float | None = None
+    exact: bool = True
+
+
+def spell(change: Change, site: Site) -> Spelled:
+    """The tensors of one change, by their keys in the site's layout.
+
+    Raises Unrepresentable, naming the option that would help, if the layout has no words for it.
+    """
+    inner, magnitude = (change.inner, change) if isinstance(change, Magnitude) else (change, None)
+    kind = _kind(inner, site)
+    inner, scale, exact = _home_for_scale(inner, kind, site)
+    tensors = {}
+    for role, tensor in _role_tensors(inner, kind, site).items():
+        spelling = _spelling(kind, role, site)
+        tensors[site.native + spelling.suffix] = tensor.T if spelling.axes in {"r o", "i r"} else tensor
+    if scale is not None and site.scale_home == "alpha" and inner.rank is not None:
+        tensors[site.native + _modifier("alpha", site).suffix] = _scalar(scale * inner.rank)
+    if (limit := getattr(inner, "constraint", None)) is not None:
+        tensors[site.native + _modifier("alpha", site).suffix] = _scalar(limit)
+    if magnitude is not None:
+        spelling = _modifier("magnitude", site)
+        tensors[site.native + spelling.suffix] = _shaped(magnitude, spelling)
+    return Spelled(tensors, kind, inner.rank, scale, exact)
+
+
+def _kind(inner: Change, site: Site) -> str:
+    """The kind under which the layout writes this change."""
+    written = site.layout.kinds()
+    if inner.kind in written and _can(inner.kind, site):
+        return inner.kind
+    # Where no embeddings are set apart, their LoRA is one like any other.
+    if inner.kind == "embedding" and "lora" in written:
+        return "lora"
+    expands = type(inner).low_rank is not Change.low_rank and inner.kind != "lora" and "lora" in written
+    raise Unrepresentable(
+        f"{site.layout.title} has no form for {KINDS[inner.kind].title} (`{site.native}`, {site.param})",
+        code="no-such-kind",
+        hint="--as lora expands it exactly to low rank"
+        if expands
+        else "--allow untranslatable leaves it out; another format keeps it",
+        details={"module": site.native, "kind": inner.kind, "layout": site.layout.name},
+    )
+
+
+def _can(kind: str, site: Site) -> bool:
+    return any(
+        all(_find(kind, role, site) is not None for role in required) for required in KINDS[kind].required
+    )
+
+
+def _find(kind: str, role: str, site: Site) -> Spelling | None:
+    # A tensor with a name of its own takes the suffixes of weights, whatever it is in its module.
+    param = "bias" if site.param == "bias" else "weight"
+    return site.layout.spelling(kind, role, param, site.component, of_norm=site.of_norm)
+
+
+def _spelling(kind: str, role: str, site: Site) -> Spelling:
+    found = _find(kind, role, site)
+    if found is None:
+        raise Unrepresentable(
+            f"{site.layout.title} has no name for `{role}` of {KINDS[kind].title} (`{site.native}`)",
+            code="no-such-role",
+            hint="--as lora expands it exactly to low rank",
+            details={"module": site.native, "kind": kind, "role": role},
+        )
+    return found
+
+
+def _modifier(name: str, site: Site) -> Spelling:
+    found = site.layout.spelling("", name, "weight", site.component)
+    if found is None:
+        raise Unrepresentable(
+            f"{site.layout.title} has no name for the {name} of `{site.native}`",
+            code=f"no-{name}",
+            hint="--allow magnitude writes it as plain LoRA, which is another change"
+            if name == "magnitude"
+            else "",
+            details={"module": site.native},
+        )
+    return found
+
+
+def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float | None, bool]:
+    """The change as it is written, the scale that goes elsewhere, and whether nothing is rounded."""
+    if isinstance(inner, Whole):
+        spelling = _spelling(kind, "value", site)
+        if not spelling.scaled:
+            folded, exact = deltas.fold(inner)
+            return folded, None, exact
+        folded, exact = deltas.fold(replace(inner, scale=inner.scale / site.beside))
+        return folded, None, exact
+    scale = getattr(inner, "scale", None)
+    if scale is None or not KINDS[kind].scales:
+        return inner, None, True
+    # Readers ignore the alpha of factors without a rank (an undecomposed LoKr).
+    if site.scale_home == "none" or inner.rank is None:
+        folded, exact = deltas.fold(inner)
+        return folded, 1.0, exact
+    return inner, float(scale), True
+
+
+def _role_tensors(inner: Change, kind: str, site: Site) -> dict[str, Tensor]:
+    if isinstance(inner, Scaling):
+        return _scaling(inner, site)
+    return inner.tensors()
+
+
+def _scaling(inner: Scaling, site: Site) -> dict[str, Tensor]:
+    """IA³ as the layout has it: LyCORIS adds W · w and keeps a flag, PEFT multiplies by l = 1 + w."""
+    keeps_flag = _find("ia3", "on_input", site) is not None
+    vector = inner.vector
+    if inner.additive is not keeps_flag:
+        shift = -1.0 if keeps_flag else 1.0
+        vector = (vector.to(torch.float32) + shift).to(vector.dtype)
+    if keeps_flag:
+        flag = torch.tensor(float(inner.on_input), dtype=torch.float32)
+        return {"vector": vector.reshape(-1), "on_input": flag}
+    return {"vector": vector.reshape(1, -1) if inner.on_input else vector.reshape(-1, 1)}
+
+
+def _shaped(magnitude: Magnitude, spelling: Spelling) -> Tensor:
+    """The magnitude's vector with the axes of length 1 that the layout writes around it."""
+    vector, dims = magnitude.vector, max(len(magnitude.shape), 2)
+    if spelling.axis == "by shape":
+        if magnitude.axis == "out":
+            return vector.reshape(-1, *[1] * (dims - 1))
+        return vector.reshape(1, -1, *[1] * (dims - 2))
+    if magnitude.axis == "in" and magnitude.inner.kind != "embedding":
+        raise Unrepresentable(
+            "its DoRA magnitudes run along the input, which this format cannot say",
+            code="magnitude-axis",
+            hint="kohya and ComfyUI files can; or bake the adapter into its base",
+        )
+    if spelling.conv and dims > 2:
+        return vector.reshape(1, -1, *[1] * (dims - 2))
+    return vector
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` in `dtype` if it holds floating-point numbers of another; scalars stay as they are."""
+    if dtype is None or not tensor.is_floating_point() or tensor.ndim == 0:
+        return tensor
+    return cast(Tensor, tensor.to(dtype))
