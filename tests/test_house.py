@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 # Which rooms a room may import from, besides itself. Imports point down only.
 FACTS = {"errors", "specs.kinds"}
 MATHEMATICS = FACTS | {"linalg", "deltas"}
-MIDDLE = {"detect", "scale", "adapter", "recut", "plan"}
+# The middle is what stands in no folder: what a file is, the adapter it holds, what is to be written.
+MIDDLE = {path.stem for path in (ROOT / "adapterkit").glob("*.py")} - {"__init__", "__main__", "errors"}
 BELOW_MIDDLE = MATHEMATICS | {"specs", "stores"}
 BELOW_OPERATIONS = BELOW_MIDDLE | MIDDLE | {"checks"}
 MAY_IMPORT = {
@@ -302,11 +303,9 @@ def test_what_is_allowed_passes(rule: Rule, module: str, source: str) -> None:
     assert not list(rule(Module(module, source)))
 
 
-@pytest.mark.parametrize("name", ["adapterkit", "adapterkit.cli", "adapterkit.detect", "adapterkit.plan"])
+@pytest.mark.parametrize("name", ["", "cli", "stores", "specs.families", "detect"])
 def test_reading_headers_does_not_load_torch(name: str) -> None:
-    if not any(module.name == name.removeprefix("adapterkit").removeprefix(".") for module in modules()):
-        pytest.skip(f"there is no {name}")
-    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, {'.'.join(filter(None, ['adapterkit', name]))}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
