@@ -9,6 +9,7 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from adapterkit.errors import StoreError
 from adapterkit.stores.guards import shown, system_failure
@@ -48,6 +49,12 @@ class MappedFile:
             return memoryview(self._map)[start:stop]
         return memoryview(self._read(start, stop))
 
+    def stream(self) -> BinaryIO:
+        """The file for readers that want to seek, at its beginning; close it before taking windows."""
+        stream = os.fdopen(os.dup(self._descriptor), "rb")
+        stream.seek(0)
+        return stream
+
     def close(self) -> None:
         self._close_descriptor()
         if self._map is not None:
@@ -68,7 +75,7 @@ class MappedFile:
             )
 
     def _read(self, start: int, stop: int) -> bytearray:
-        data = bytearray()
+        data, stop = bytearray(), min(stop, self.size)
         try:
             with self._seeking:
                 os.lseek(self._descriptor, start, os.SEEK_SET)

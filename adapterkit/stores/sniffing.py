@@ -22,9 +22,9 @@ _ARCHIVES = {
 _PICTURES = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a RIFF file (WebP?)"}
 
 
-def looks_like_safetensors(head: bytes, size: int) -> bool:
-    """A length that fits, or nearly, followed by the brace of a JSON object."""
-    return size >= 10 and head[8:9] == b"{" and (head[9:10] in b'"} \n\r\t')
+def looks_like_safetensors(head: bytes) -> bool:
+    """A length, whatever it is, and the brace of a JSON object; text has no length in front."""
+    return head[8:9] == b"{" and not _is_text(head[:8])
 
 
 def looks_like_zip(head: bytes) -> bool:
@@ -47,6 +47,13 @@ def not_a_tensor_file(path: Path, head: bytes, size: int) -> StoreError:
     )
 
 
+def not_a_json_file(path: Path, raw: bytes) -> StoreError | None:
+    """The true cause when a side file is a pointer, a web page or empty."""
+    if raw.lstrip()[:1] in (b"{", b"["):
+        return None
+    return not_a_tensor_file(path, raw[:SNIFFED], len(raw))
+
+
 def _cause(head: bytes, size: int) -> tuple[str, str, str]:
     """(what it is, code, hint)"""
     again = "download the file again"
@@ -65,7 +72,7 @@ def _cause(head: bytes, size: int) -> tuple[str, str, str]:
             return f"{what}, not a tensor file", "archive", "unpack it first" if magic in _ARCHIVES else ""
     if head[257:262] == b"ustar":
         return "a tar archive (or a file of torch before 0.4)", "archive", "unpack it first"
-    if size < 9:
+    if size < 10:
         return f"too short for a safetensors header ({size} bytes)", "truncated", again
     if not head.strip(b"\x00"):
         return "begins with nothing but zeros: a download or a copy that broke off", "truncated", again
@@ -77,6 +84,10 @@ def _pointer(head: bytes, size: int) -> tuple[str, str, str]:
     found = re.search(rb"^size (\d{1,18})$", head, re.MULTILINE)
     real = f" for a file of {int(found[1])} bytes" if found else ""
     return f"a Git LFS pointer ({size} bytes){real}", "lfs-pointer", "run `git lfs pull` or `hf download`"
+
+
+def _is_text(data: bytes) -> bool:
+    return all(32 <= byte < 127 or byte in b"\t\n\r" for byte in data)
 
 
 def _is_web_page(head: bytes) -> bool:

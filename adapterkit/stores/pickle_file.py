@@ -1,0 +1,98 @@
+"""A file of torch.save, read without running it and without torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapterkit.errors import StoreError
+from adapterkit.stores.base import Limits, Store, TensorInfo
+from adapterkit.stores.guards import shown
+from adapterkit.stores.mapped import MappedFile
+from adapterkit.stores.pickle_world import TensorRef
+from adapterkit.stores.sniffing import looks_like_zip
+from adapterkit.stores.torch_legacy import TorchLegacy
+from adapterkit.stores.torch_zip import TorchZip
+from adapterkit.stores.unpacking import unpack
+from adapterkit.stores.views import tensor_from
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PickleStore(Store):
+    """Takes over an open file that begins like a zip archive or a pickle.
+
+    StoreError if it is damaged, UnsafeFile if it would need more than tensors and plain values.
+    """
+
+    kind = "pickle"
+
+    def __init__(self, file: MappedFile, limits: Limits) -> None:
+        where = shown(file.path)
+        self._file = file
+        is_zip = looks_like_zip(bytes(file.window(0, 4)))
+        self._archive = TorchZip(file, limits) if is_zip else TorchLegacy(file, limits)
+        unpacked = unpack(self._archive.value, where, file.path.name, limits)
+        self._views = unpacked.tensors
+        for name, view in self._views.items():
+            _require_inside(name, view, where, limits)
+        self.path = file.path
+        self.tensors = {name: TensorInfo(name, view.dtype, view.shape) for name, view in self._views.items()}
+        self.metadata = unpacked.metadata
+        self.sidecars = {}
+        self.warnings = tuple(unpacked.warnings)
+        self.size = file.size
+
+    def read(self, name: str) -> memoryview:
+        return self._window(name).toreadonly()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return tensor_from(self._window(name), self.info(name))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _window(self, name: str) -> memoryview:
+        """A tensor's elements in row-major order, copied only if they lie otherwise."""
+        info = self.info(name)
+        view = self._views[name]
+        data = self._archive.storage_bytes(view.storage)
+        width = _item_bytes(view)
+        start = view.offset * width
+        if not info.elements or view.strides == _row_major(view):
+            return data[start : start + info.nbytes]
+        # A stride along one element is never walked, and may be too large for numpy.
+        axes = zip(view.shape, view.strides, strict=True)
+        strides = [0 if size == 1 else stride * width for size, stride in axes]
+        gathered = np.ndarray(view.shape, f"u{width}", data, start, strides).copy(order="C")
+        return gathered.reshape(-1).view(np.uint8).data
+
+
+def _item_bytes(view: TensorRef) -> int:
+    return TensorInfo("", view.dtype, (1,)).nbytes
+
+
+def _row_major(view: TensorRef) -> tuple[int, ...]:
+    """The strides of a tensor whose rows follow each other; a stride along one element is free."""
+    strides, step = [], 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        strides.append(step if size > 1 else stride)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _require_inside(name: str, view: TensorRef, where: str, limits: Limits) -> None:
+    """The view stays in its storage, and is no larger: strides of 0 could make terabytes of one number."""
+    if len(view.shape) > limits.dimensions:
+        raise StoreError(f"{where}: tensor `{name}` has {len(view.shape)} dimensions", code="limit")
+    width = _item_bytes(view)
+    held = view.storage.elements * view.storage.item_bytes
+    elements = TensorInfo(name, view.dtype, view.shape).elements
+    axes = zip(view.shape, view.strides, strict=True)
+    last = view.offset + sum((size - 1) * stride for size, stride in axes)
+    if elements and ((last + 1) * width > held or elements * width > held):
+        raise StoreError(
+            f"{where}: tensor `{name}` reaches out of its storage", code="offsets", details={"tensor": name}
+        )
