@@ -1,7 +1,7 @@
 """Networks made small, and tables with one mistake each: what the tests of networks/*.toml share.
 
 A row-id map (oracle_rows) is only as good as the mistakes it notices. `mutants` makes every
-simple one: a row left out, two names exchanged, two parts of a stack exchanged.
+simple one: a row or a prefix left out, two of them exchanged, two parts of a stack exchanged.
 """
 
 from __future__ import annotations
@@ -70,23 +70,31 @@ def mutants(document: Document, naming: str, name: str) -> Iterator[tuple[str, s
 
 
 def _changed_blocks(block: Document) -> Iterator[tuple[str, Document]]:
-    names = block.get("names", {})
-    rows = list(names.items())
-    for i, (native, parts) in enumerate(rows):
-        yield f"without `{native}`", _with(block, ("names",), dict(rows[:i] + rows[i + 1 :]))
-        if isinstance(parts, list):
-            for k in range(len(parts) - 1):
-                yield f"`{native}` in another order", _with(block, ("names", native), _exchanged(parts, k))
-        if i + 1 < len(rows):
-            exchanged = {**names, native: rows[i + 1][1], rows[i + 1][0]: parts}
-            yield f"`{native}` exchanged with the next", _with(block, ("names",), exchanged)
-    for path in (("same",), ("numbered", "names")):
+    for key in ("names", "at"):
+        for label, table in _changed_tables(block.get(key, {})):
+            yield label, _with(block, (key,), table)
+    for path in (("same",), ("numbered", "names"), ("numbered", "at")):
         items = block.get(path[0], [])
         items = items.get(path[1], []) if isinstance(items, dict) else items
+        items = items if isinstance(items, list) else []
         for k in range(len(items)):
             yield f"without `{items[k]}`", _with(block, path, items[:k] + items[k + 1 :])
             if path[0] == "numbered" and k + 1 < len(items):
                 yield f"`{items[k]}` exchanged with the next", _with(block, path, _exchanged(items, k))
+
+
+def _changed_tables(table: Document) -> Iterator[tuple[str, Document]]:
+    rows = list(table.items())
+    for i, (native, parts) in enumerate(rows):
+        yield f"without `{native}`", dict(rows[:i] + rows[i + 1 :])
+        if isinstance(parts, list):
+            for k in range(len(parts) - 1):
+                yield f"`{native}` in another order", {**table, native: _exchanged(parts, k)}
+        if i + 1 < len(rows):
+            yield (
+                f"`{native}` exchanged with the next",
+                {**table, native: rows[i + 1][1], rows[i + 1][0]: parts},
+            )
 
 
 def _exchanged(items: list[str], k: int) -> list[str]:
