@@ -173,13 +173,14 @@ class _Building:
 
     def _change(self, entry: Entry, scale: Scale) -> Change:
         roles = {name: self._tensor(role) for name, role in entry.roles.items()}
-        inner = deltas.build(
-            entry.kind,
-            roles,
-            scale=scale.value,
-            weight_shape=weight_shape(self.explanation.family, entry.place),
-            **self._facts(entry),
-        )
+        facts = self._facts(entry)
+        shape = weight_shape(self.explanation.family, entry.place)
+        try:
+            inner = deltas.build(entry.kind, roles, scale=scale.value, weight_shape=shape, **facts)
+        except Mismatch:
+            # A model of the same structure in another width; factors that do not fit each other
+            # are refused all the same.
+            inner = deltas.build(entry.kind, roles, scale=scale.value, **facts)
         magnitude = entry.modifiers.get("magnitude")
         if magnitude is None:
             return inner

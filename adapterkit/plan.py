@@ -64,7 +64,7 @@ class Module:
 class Plan:
     """An adapter, a target, and everything that will be written.
 
-    receipt: what becomes of every input tensor.  idle: modules left out because they are exactly
+    receipt: what becomes of every input tensor.  lost: places left out by consent, and which.  idle: modules left out because they are exactly
     zero beside parts that are not.  rounded: modules whose scale could not be folded exactly.
     """
 
@@ -74,7 +74,19 @@ class Plan:
     modules: tuple[Module, ...]
     passengers: Mapping[str, Tensor]
     receipt: Receipt
+    lost: Mapping[Place, str]
     idle: tuple[str, ...]
+
+    @cached_property
+    def expected(self) -> Adapter:
+        """The input's own changes, as they were read, that the output must make: all but the lost."""
+        bare = "magnitude" in self.options.allow and not writes_magnitude(self.layout)
+        kept = {
+            place: tuple(c.inner if bare and isinstance(c, Magnitude) else c for c in changes)
+            for place, changes in self.adapter.changes.items()
+            if place not in self.lost
+        }
+        return replace(self.adapter, changes=kept)
 
     @cached_property
     def rounded(self) -> tuple[str, ...]:
@@ -157,6 +169,7 @@ def make_plan(adapter: Adapter, target: Target, options: Options | None = None) 
         modules=tuple(planning.modules),
         passengers=passengers,
         receipt=planning.receipt(),
+        lost=dict(planning.lost),
         idle=tuple(planning.idle),
     )
 
@@ -196,15 +209,12 @@ class _Planning:
 
     def _prepared(self, change: Change) -> Change:
         if isinstance(change, Magnitude):
-            if "magnitude" in self.options.allow and not self._writes_magnitude():
+            if "magnitude" in self.options.allow and not writes_magnitude(self.layout):
                 return self._prepared(change.inner)
             return replace(change, inner=self._prepared(change.inner))
         if self.options.as_lora and change.kind != "lora" and _expands(change):
             change = change.low_rank()
         return deltas.fold(change)[0] if self.options.fold else change
-
-    def _writes_magnitude(self) -> bool:
-        return self.layout.spelling("", "magnitude", "weight", "") is not None
 
     def _nameless(self, sources: Sequence[Source], component: str) -> None:
         if not sources:
@@ -305,6 +315,11 @@ class _Planning:
             carried=read.carried - len(self.dropped_passengers),
             dropped={**read.dropped, **lost},
         )
+
+
+def writes_magnitude(layout: Layout) -> bool:
+    """Whether a layout has a name for DoRA's magnitudes."""
+    return layout.spelling("", "magnitude", "weight", "") is not None
 
 
 def _expands(change: Change) -> bool:

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from adapterkit import deltas
 from adapterkit.deltas import Change
+from adapterkit.deltas.zero import is_zero
 from adapterkit.errors import Mismatch
 from adapterkit.specs.families import Names, Place
 from adapterkit.specs.names import Piece, Row, Span
@@ -79,8 +80,8 @@ class Cut:
                 parts.append(None)
                 continue
             piece = part.source.change.take(part.start, part.stop)
-            idle = piece is not part.source.change and deltas.is_zero(piece)
-            parts.append(None if idle and not deltas.is_zero(part.source.change) else piece)
+            idle = piece is not part.source.change and is_zero(piece)
+            parts.append(None if idle and not is_zero(part.source.change) else piece)
         if all(part is None for part in parts):
             return None
         made = deltas.stack(parts, [part.height for part in self.parts])
@@ -151,7 +152,7 @@ def _rows_for(
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
+class Stretch:
     """A piece of a source: rows [first, first + height) of it are `piece`."""
 
     source: Source
@@ -160,16 +161,16 @@ class _Stretch:
     height: int
 
 
-def _by_module(sources: Iterable[Source]) -> dict[str, list[_Stretch]]:
-    found: dict[str, list[_Stretch]] = defaultdict(list)
+def _by_module(sources: Iterable[Source]) -> dict[str, list[Stretch]]:
+    found: dict[str, list[Stretch]] = defaultdict(list)
     for source in sources:
-        for piece, first, height in _heights(source):
-            found[piece.module].append(_Stretch(source, piece, first, height))
+        for stretch in stretches(source):
+            found[stretch.piece.module].append(stretch)
     return found
 
 
-def _heights(source: Source) -> Iterable[tuple[Piece, int, int]]:
-    """Where each piece of a source's span lies in its rows."""
+def stretches(source: Source) -> Iterable[Stretch]:
+    """Where each piece of a source's span lies in its rows; Mismatch if they cannot be shared out."""
     span = source.place.span
     total = sum(piece.weight for piece in span)
     rows = source.change.rows
@@ -181,11 +182,11 @@ def _heights(source: Source) -> Iterable[tuple[Piece, int, int]]:
     first = 0
     for piece in span:
         height = rows // total * piece.weight
-        yield piece, first, height
+        yield Stretch(source, piece, first, height)
         first += height
 
 
-def _cut(row: Row, param: str, pieces: Mapping[str, list[_Stretch]]) -> Cut:
+def _cut(row: Row, param: str, pieces: Mapping[str, list[Stretch]]) -> Cut:
     """Fill the pieces of one target row from the stretches that cover them."""
     unit = _unit(row.span, pieces)
     parts: list[Part] = []
@@ -203,7 +204,7 @@ def _cut(row: Row, param: str, pieces: Mapping[str, list[_Stretch]]) -> Cut:
     return Cut(row, param, _joined(parts), transposed)
 
 
-def _unit(span: Span, pieces: Mapping[str, list[_Stretch]]) -> Fraction:
+def _unit(span: Span, pieces: Mapping[str, list[Stretch]]) -> Fraction:
     """The height of a piece of weight 1, from any piece whose rows are known."""
     for piece in span:
         for stretch in pieces.get(piece.module, ()):
@@ -212,7 +213,7 @@ def _unit(span: Span, pieces: Mapping[str, list[_Stretch]]) -> Fraction:
     return Fraction(0)
 
 
-def _fill(piece: Piece, covering: Sequence[_Stretch]) -> list[Part]:
+def _fill(piece: Piece, covering: Sequence[Stretch]) -> list[Part]:
     """The parts of sources that make up one piece, with the gaps between them."""
     parts: list[Part] = []
     at = piece.start

@@ -157,13 +157,12 @@ def _role_tensors(inner: Change, kind: str, site: Site) -> dict[str, Tensor]:
 def _scaling(inner: Scaling, site: Site) -> dict[str, Tensor]:
     """IA³ as the layout has it: LyCORIS adds W · w and keeps a flag, PEFT multiplies by l = 1 + w."""
     keeps_flag = _find("ia3", "on_input", site) is not None
-    vector = inner.vector
-    if inner.additive is not keeps_flag:
-        shift = -1.0 if keeps_flag else 1.0
-        vector = (vector.to(torch.float32) + shift).to(vector.dtype)
+    if inner.additive is keeps_flag:
+        return inner.tensors()
+    shift = -1.0 if keeps_flag else 1.0
+    vector = (inner.vector.to(torch.float32) + shift).to(inner.vector.dtype).reshape(-1)
     if keeps_flag:
-        flag = torch.tensor(float(inner.on_input), dtype=torch.float32)
-        return {"vector": vector.reshape(-1), "on_input": flag}
+        return {"vector": vector, "on_input": torch.tensor(float(inner.on_input))}
     return {"vector": vector.reshape(1, -1) if inner.on_input else vector.reshape(-1, 1)}
 
 

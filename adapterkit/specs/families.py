@@ -107,6 +107,11 @@ class Family:
         """The name for people: the size where there is one, else the title."""
         return self.size or self.title
 
+    @property
+    def key(self) -> str:
+        """The name by which `family` finds exactly this one."""
+        return self.size or self.name
+
     def network(self, component: str) -> Network | None:
         """The component's network, or None in an open family."""
         name = self.components[component]

@@ -1,0 +1,146 @@
+"""Comparing two adapters as changes of one model, whatever their files look like.
+
+Modules are matched by the canonical rows they change. Where both sides were trained on the same
+rows the changes are compared as they are; elsewhere both are cut to the rows they share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import reduce
+
+from adapterkit import deltas
+from adapterkit.adapter import Adapter, weight_shape
+from adapterkit.deltas import Change
+from adapterkit.deltas.zero import is_zero
+from adapterkit.errors import Unrepresentable, UsageError
+from adapterkit.recut import Source, Stretch, stretches
+from adapterkit.specs.families import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two adapters are apart on one module.
+
+    error: ‖a − b‖ / ‖a‖ of the deltas, 0 when bit-identical, infinite when only one changes it.
+    cosine: of the angle between the deltas, None where it is not defined or was not asked for.
+    """
+
+    component: str
+    module: str
+    param: str
+    error: float
+    cosine: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.module}" + (f".{self.param}" if self.param == "bias" else "")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Something to compare: the same place on both sides, or one canonical module cut out of both."""
+
+    component: str
+    module: str
+    param: str
+    left: Sequence[Stretch]
+    right: Sequence[Stretch]
+    place: Place | None = None
+
+
+def units(a: Adapter, b: Adapter) -> list[_Unit]:
+    """Everything that one of the adapters changes, matched up."""
+    found = []
+    for place in a.changes:
+        if place in b.changes:
+            name = " + ".join(dict.fromkeys(piece.module for piece in place.span))
+            found.append(_Unit(place.component, name, place.param, (), (), place))
+    left, right = _cut_up(a, b), _cut_up(b, a)
+    for key in dict.fromkeys([*left, *right]):
+        found.append(_Unit(*key, left.get(key, ()), right.get(key, ())))
+    return found
+
+
+def differences(
+    a: Adapter, b: Adapter, *, sample: int | None = None, cosines: bool = False
+) -> Iterator[Difference]:
+    """Compare module by module.
+
+    sample: about how many modules, spread evenly; None for all of them.
+    """
+    every = units(a, b)
+    step = max(1, len(every) // sample) if sample else 1
+    for unit in every[::step]:
+        if unit.place is not None:
+            pairs = [(_sum(a.changes[unit.place]), _sum(b.changes[unit.place]))]
+        else:
+            pairs = list(_pairs(unit.left, unit.right))
+        shape = weight_shape(a.family, unit.place) if unit.place else None
+        error = max((_error(one, two, shape) for one, two in pairs), default=0.0)
+        cosine = _cosine(pairs) if cosines else None
+        yield Difference(unit.component, unit.module, unit.param, error, cosine)
+
+
+def _cut_up(adapter: Adapter, other: Adapter) -> dict[tuple[str, str, str], list[Stretch]]:
+    """The adapter's changes of places that the other does not have, by canonical module."""
+    found: dict[tuple[str, str, str], list[Stretch]] = defaultdict(list)
+    for place, changes in adapter.changes.items():
+        if place not in other.changes:
+            for stretch in stretches(Source(place, _sum(changes))):
+                found[(place.component, stretch.piece.module, place.param)].append(stretch)
+    return found
+
+
+def _sum(changes: Sequence[Change]) -> Change:
+    return changes[0] if len(changes) == 1 else reduce(lambda x, y: deltas.add([x, y]), changes)
+
+
+def _pairs(left: Sequence[Stretch], right: Sequence[Stretch]) -> Iterator[tuple[Change | None, Change | None]]:
+    """Both sides of each run of rows between two cuts of either."""
+    cuts = sorted({edge for s in (*left, *right) for edge in (s.piece.start, s.piece.stop)})
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        one, two = _part(left, start, stop), _part(right, start, stop)
+        if one is not None or two is not None:
+            yield one, two
+
+
+def _part(side: Sequence[Stretch], start: Fraction, stop: Fraction) -> Change | None:
+    """The change that one side makes to the rows from `start` to `stop` of a module, as shares."""
+    for stretch in side:
+        piece = stretch.piece
+        if piece.start <= start and stop <= piece.stop:
+            per_share = Fraction(stretch.height) / (piece.stop - piece.start)
+            first = stretch.first + int((start - piece.start) * per_share)
+            change = _take(stretch.source.change, first, first + int((stop - start) * per_share))
+            return deltas.transpose(change) if piece.transposed else change
+    return None
+
+
+def _take(change: Change, start: int, stop: int) -> Change:
+    try:
+        return change.take(start, stop)
+    except Unrepresentable:
+        # A Kronecker product cannot be cut everywhere, its exact expansion can.
+        return change.low_rank().take(start, stop)
+
+
+def _error(one: Change | None, two: Change | None, shape: tuple[int, ...] | None) -> float:
+    if one is None or two is None:
+        present = one if one is not None else two
+        return 0.0 if present is None or is_zero(present) else math.inf
+    try:
+        return deltas.relative_error(one, two)
+    except UsageError:
+        return deltas.relative_error(one, two, shape)
+
+
+def _cosine(pairs: Sequence[tuple[Change | None, Change | None]]) -> float | None:
+    whole = [(one, two) for one, two in pairs if one is not None and two is not None]
+    if len(whole) != 1 or whole[0][0].needs_base or whole[0][1].needs_base:
+        return None
+    return deltas.cosine(*whole[0])

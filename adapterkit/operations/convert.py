@@ -1,0 +1,205 @@
+"""convert: the same change, spelled for another program."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from adapterkit.adapter import Adapter, Receipt, read_adapter
+from adapterkit.compare import Difference, differences, units
+from adapterkit.detect import explain
+from adapterkit.errors import Json, Refused, UsageError, VerificationFailed
+from adapterkit.metadata import component_config, output_metadata
+from adapterkit.operations.sources import Source, explained
+from adapterkit.plan import Options, Plan, make_plan
+from adapterkit.scale import ScaleFrom
+from adapterkit.specs.tuner_config import CONFIG_FILE
+from adapterkit.stores import Written, open_store, torch_dtype, write_json, write_safetensors
+
+Verify = Literal["none", "sample", "full"]
+
+_SAMPLE = 32
+# Twice what rounding both factors of a product can make of it.
+_ROUNDING = {"F64": 2.0**-20, "F32": 2.0**-20, "F16": 2.0**-9, "BF16": 2.0**-6}
+_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading the output back showed: how many modules were compared, and the worst of them."""
+
+    compared: int
+    modules: int
+    worst: Difference | None
+
+    @property
+    def error(self) -> float:
+        return self.worst.error if self.worst else 0.0
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The outcome of `convert`: what was planned, and, unless nothing was to be written, the files."""
+
+    plan: Plan
+    files: tuple[Path, ...] = ()
+    written: tuple[Written, ...] = ()
+    verification: Verification | None = None
+
+    @property
+    def receipt(self) -> Receipt:
+        return self.plan.receipt
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert; every field has a command-line option of its name.
+
+    dtype: "fp32", "fp16" or "bf16" for the written factors; None keeps what they are.
+    as_lora: expand every kind that has an exact low-rank form.
+    fold: put the scale into the factors even where the target has a place for it.
+    family, scale_from, allow: see `load`; allow also takes "untranslatable", "passengers",
+    "magnitude" and "nonfinite".
+    verify: read the output back and compare "none", a "sample" of about 32, or all modules.
+    """
+
+    dtype: str | None = None
+    as_lora: bool = False
+    fold: bool = False
+    family: str | None = None
+    scale_from: ScaleFrom | None = None
+    allow: Collection[str] = field(default_factory=frozenset)
+    verify: Verify = "sample"
+    force: bool = False
+
+
+def plan_conversion(source: Source, to: str, options: ConvertOptions | None = None) -> Plan:
+    """What `convert` would write, with every error that it would raise before writing.
+
+    Raises what `load` and `make_plan` raise, and UsageError for a format that the family has not.
+    """
+    options = options or ConvertOptions()
+    store, explanation = explained(source, options.family)
+    target = explanation.family.target(to)
+    explanation.decided(str(store.path or "state dict"), to)
+    adapter = read_adapter(store, explanation, allow=options.allow, scale_from=options.scale_from)
+    dtype = None
+    if options.dtype is not None:
+        if options.dtype not in _DTYPES:
+            raise UsageError(f"there is no dtype `{options.dtype}`", hint=f"dtypes: {', '.join(_DTYPES)}")
+        dtype = torch_dtype(_DTYPES[options.dtype])
+    allow = frozenset(options.allow)
+    return make_plan(adapter, target, Options(dtype, options.as_lora, allow, options.fold))
+
+
+def convert(source: Source, to: str, output: str | Path, options: ConvertOptions | None = None) -> Conversion:
+    """Write `source` in the format `to`.
+
+    output: a file, or a folder for formats that are folders (PEFT).
+    Nothing is written unless everything can be; the output is read back and compared before it
+    takes its name. Raises VerificationFailed if that shows another change, and what
+    `plan_conversion` and the writer raise.
+    """
+    options = options or ConvertOptions()
+    plan = plan_conversion(source, to, options)
+    return write_plan(plan, Path(output), options)
+
+
+def write_plan(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
+    """Write a plan's file, or its folder, or one folder per component."""
+    if not plan.layout.folder:
+        written, verification = _write(plan, None, output, options)
+        return Conversion(plan, (output,), (written,), verification)
+    several = len(plan.components) > 1
+    files: list[Path] = []
+    all_written: list[Written] = []
+    verification = None
+    for component in plan.components:
+        folder = output / component if several else output
+        folder.mkdir(parents=True, exist_ok=True)
+        config = component_config(plan, component)
+        path = folder / plan.layout.folder
+        written, verification = _write(plan, component, path, options, config)
+        write_json(folder / CONFIG_FILE, config, overwrite=options.force)
+        files += [path, folder / CONFIG_FILE]
+        all_written.append(written)
+    return Conversion(plan, tuple(files), tuple(all_written), verification)
+
+
+def _write(
+    plan: Plan, component: str | None, path: Path, options: ConvertOptions, config: Mapping[str, Json] | None = None
+) -> tuple[Written, Verification | None]:
+    infos = plan.header(component)
+    found: list[Verification] = []
+
+    def check(temporary: Path) -> None:
+        found.append(verify(plan, temporary, component, options.verify, config))
+
+    written = write_safetensors(
+        path,
+        infos,
+        plan.tensors(infos),
+        output_metadata(plan),
+        overwrite=options.force,
+        check=check if options.verify != "none" else None,
+    )
+    return written, found[0] if found else None
+
+
+def verify(
+    plan: Plan, path: Path, component: str | None, how: Verify, config: Mapping[str, Json] | None = None
+) -> Verification:
+    """Read a written file back and compare its changes with those that were asked for.
+
+    Raises VerificationFailed if they differ by more than the rounding that was asked for, and
+    Refused if that rounding itself loses too much.
+    """
+    with open_store(path) as store:
+        if config is not None:
+            store.sidecars = {CONFIG_FILE: dict(config)}
+        explanation = explain(store, family_name=plan.adapter.family.key)
+        found = read_adapter(store, explanation, allow=plan.options.allow)
+        expected = _only(plan.expected, component)
+        sample = _SAMPLE if how == "sample" else None
+        compared = list(differences(expected, found, sample=sample))
+    worst = max(compared, key=lambda difference: difference.error, default=None)
+    _judge(plan, worst)
+    return Verification(len(compared), len(units(expected, found)), worst)
+
+
+def _only(adapter: Adapter, component: str | None) -> Adapter:
+    if component is None:
+        return adapter
+    changes = {place: c for place, c in adapter.changes.items() if place.component == component}
+    return replace(adapter, changes=changes)
+
+
+def _judge(plan: Plan, worst: Difference | None) -> None:
+    if worst is None or worst.error <= _tolerance(plan):
+        return
+    facts: dict[str, Json] = {"module": worst.name, "error": worst.error}
+    if plan.options.dtype is not None and "precision" not in plan.options.allow:
+        raise Refused(
+            f"in the requested dtype `{worst.name}` loses {worst.error:.1%} of its change",
+            code="precision",
+            hint="its numbers are too small or too large; --dtype bf16 or fp32 keeps them, "
+            "--allow precision writes it all the same",
+            details=facts,
+        )
+    if "precision" not in plan.options.allow:
+        raise VerificationFailed(
+            f"`{worst.name}` read back differs by {worst.error:.3g} from what was asked for; nothing was written",
+            hint="this is a fault of adapterkit; please report it with the file's `inspect --json`",
+            details=facts,
+        )
+
+
+def _tolerance(plan: Plan) -> float:
+    """The relative error that rounding once to the written dtypes can make."""
+    rounds = plan.rounded or plan.options.dtype is not None or plan.options.as_lora
+    if not rounds and all(module.cut.renames for module in plan.modules):
+        return _ROUNDING["F32"]
+    dtypes = {info.dtype for module in plan.modules for info in module.tensors.values() if info.shape}
+    return max((_ROUNDING.get(dtype, 2.0**-2) for dtype in dtypes), default=_ROUNDING["F32"])
