@@ -1,0 +1,266 @@
+"""inspect: what a file is, from its header, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import cast
+
+from adapterkit.detect import Entry, Explanation
+from adapterkit.errors import AdapterkitError, Json
+from adapterkit.key_patterns import key_patterns
+from adapterkit.operations.sources import Source, explained
+from adapterkit.scale import configs, rank_of, scale_of
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.layouts import layouts
+from adapterkit.stores import Store
+
+# What people want to see of hundreds of metadata keys.
+_WORTH_KNOWING = (
+    "modelspec.title",
+    "modelspec.author",
+    "modelspec.trigger_phrase",
+    "modelspec.architecture",
+    "modelspec.license",
+    "modelspec.date",
+    "ss_output_name",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_training_comment",
+    "software",
+    "trained_words",
+)
+_EMBEDDED_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+_HASH_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something the owner should know. code: stable; `adapterkit explain CODE` says more."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Component:
+    """What an adapter does to one network of the base.
+
+    modules: how many it changes.  kinds, ranks: how many of each.  magnitudes: how many are DoRA.
+    parameters: numbers stored.  base_parameters: of the whole network, None if it is not known.
+    """
+
+    name: str
+    network: str | None
+    modules: int
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    magnitudes: int
+    parameters: int
+    base_parameters: int | None
+
+
+@dataclass(frozen=True)
+class ScaleCount:
+    """How many changes have this scale from this source."""
+
+    value: float
+    source: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `inspect` knows of a file.
+
+    family, size, title: the base model.  layouts: how it is spelled, the most frequent first.
+    certainty: in words, on what the answer rests.  also: other families that fit as well.
+    share: explained tensors of all; shapes: modules with the base's true shapes of those checked.
+    """
+
+    path: str
+    container: str
+    size: int
+    tensors: int
+    family: str
+    title: str
+    layouts: tuple[str, ...]
+    share: float
+    shapes: float
+    certainty: str
+    also: tuple[str, ...]
+    components: tuple[Component, ...]
+    scales: tuple[ScaleCount, ...]
+    dtypes: Mapping[str, int]
+    passengers: Mapping[str, str]
+    notes: Mapping[str, str]
+    metadata_keys: int
+    embedded_hashes: Mapping[str, str]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(component.parameters for component in self.components)
+
+    @property
+    def base_parameters(self) -> int | None:
+        """The parameters of the networks it changes; None if one is not known."""
+        known = [component.base_parameters for component in self.components]
+        return None if None in known else sum(cast(list[int], known))
+
+    def as_json(self) -> dict[str, Json]:
+        return cast(dict[str, Json], asdict(self))
+
+
+def inspect(source: Source, *, family: str | None = None, hashes: bool = False) -> Inspection:
+    """Say what a file is. Reads the header and the scalars beside modules; torch is not needed.
+
+    hashes: also read all of the file and compute SHA-256, AutoV2 and AutoV3.
+    Raises Unrecognized or StoreError.
+    """
+    store, explanation = explained(source, family)
+    found = explanation.family
+    scales, scale_problems = _scales(store, explanation)
+    return Inspection(
+        path=str(store.path or "state dict"),
+        container=store.kind,
+        size=store.size,
+        tensors=len(store.tensors),
+        family=found.name,
+        title=found.label,
+        layouts=explanation.layouts,
+        share=explanation.share,
+        shapes=explanation.shapes,
+        certainty=_certainty(explanation),
+        also=tuple(dict.fromkeys(candidate.family.label for candidate in explanation.equals)),
+        components=tuple(_components(store, explanation)),
+        scales=scales,
+        dtypes=_dtypes(store),
+        passengers=explanation.passengers,
+        notes={key: store.metadata[key] for key in _WORTH_KNOWING if store.metadata.get(key)},
+        metadata_keys=len(store.metadata),
+        embedded_hashes={key: store.metadata[key] for key in _EMBEDDED_HASHES if key in store.metadata},
+        hashes=file_hashes(store.path) if hashes and store.path is not None else {},
+        problems=(*_problems(store, explanation), *scale_problems),
+    )
+
+
+def _certainty(explanation: Explanation) -> str:
+    if explanation.family.open:
+        return "by the form of its names; no table of this model is known"
+    grounds = [f"{explanation.share:.1%} of tensors known by name"]
+    if explanation.shapes:
+        grounds.append(f"{explanation.shapes:.0%} of checked shapes fit")
+    return ", ".join(grounds)
+
+
+def _components(store: Store, explanation: Explanation) -> Iterable[Component]:
+    for name in explanation.family.components:
+        entries = [entry for entry in explanation.entries if entry.place.component == name]
+        if not entries:
+            continue
+        network = explanation.family.network(name)
+        ranks = Counter(rank for entry in entries if (rank := rank_of(entry, store)) is not None)
+        yield Component(
+            name=name,
+            network=network.summary if network else None,
+            modules=len({entry.native for entry in entries}),
+            kinds=dict(Counter(KINDS[entry.kind].title for entry in entries).most_common()),
+            ranks=dict(ranks.most_common()),
+            magnitudes=sum("magnitude" in entry.modifiers for entry in entries),
+            parameters=sum(_elements(store, entry) for entry in entries),
+            base_parameters=network.parameters if network else None,
+        )
+
+
+def _elements(store: Store, entry: Entry) -> int:
+    """The numbers of a change's tensors, its scalars left out."""
+    shapes = [store.tensors[key].shape for key in entry.keys]
+    return sum(prod(shape) for shape in shapes if shape)
+
+
+def _scales(store: Store, explanation: Explanation) -> tuple[tuple[ScaleCount, ...], list[Problem]]:
+    counted: Counter[tuple[float, str]] = Counter()
+    problems: list[Problem] = []
+    try:
+        known = configs(store, explanation)
+    except AdapterkitError as error:
+        return (), [Problem(error.code, error.message, error.hint)]
+    for entry in explanation.entries:
+        if not KINDS[entry.kind].scales:
+            continue
+        try:
+            scale = scale_of(entry, store, known)
+        except AdapterkitError as error:
+            problems.append(Problem(error.code, error.message, error.hint))
+        else:
+            counted[(scale.value, scale.source)] += 1
+    # One conflict tells the whole story of a file that has hundreds.
+    unique = {problem.code: problem for problem in problems}
+    counts = tuple(ScaleCount(value, source, count) for (value, source), count in counted.most_common())
+    return counts, list(unique.values())
+
+
+def _dtypes(store: Store) -> dict[str, int]:
+    return dict(Counter(info.dtype for info in store.tensors.values() if info.shape).most_common())
+
+
+def _problems(store: Store, explanation: Explanation) -> Iterable[Problem]:
+    for warning in store.warnings:
+        yield Problem("container", warning)
+    if explanation.unclaimed:
+        shown = ", ".join(f"`{pattern.text}`" for pattern in key_patterns(explanation.unclaimed)[:3])
+        yield Problem("unclaimed", f"{len(explanation.unclaimed)} tensors are explained by nothing: {shown}")
+    if explanation.incomplete:
+        first = explanation.incomplete[0]
+        yield Problem(
+            "incomplete",
+            f"{len(explanation.incomplete)} modules are not whole: `{first.native}` has only "
+            + ", ".join(f"`{key}`" for key in first.keys),
+        )
+    if len(explanation.layouts) > 1:
+        titles = " and ".join(layouts()[name].title for name in explanation.layouts)
+        yield Problem("mixed", f"the file mixes {titles}", "convert it to one of them")
+    if len(explanation.adapter_names) > 1:
+        names = ", ".join(f"`{name}`" for name in explanation.adapter_names)
+        yield Problem("several-adapters", f"the names of several adapters stand in its keys: {names}")
+    if not explanation.family.open and 0 < explanation.shapes < 1:
+        wrong = 1 - explanation.shapes
+        yield Problem("shapes", f"{wrong:.0%} of checked modules do not have the shapes of {explanation.family.label}")
+    yield from _hash_problems(store.metadata)
+
+
+def _hash_problems(metadata: Mapping[str, str]) -> Iterable[Problem]:
+    for key in _EMBEDDED_HASHES:
+        if metadata.get(key, "").removeprefix("0x") == _HASH_OF_NOTHING:
+            yield Problem(
+                "hash-of-nothing",
+                f"`{key}` is the hash of empty input: sites will link the file to another model",
+                "convert rewrites it",
+            )
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """The names under which sites know a file.
+
+    sha256 of all bytes; autov2, its first 10 digits; autov3, the first 12 of the hash of the tensors
+    alone, which metadata does not change (for .safetensors; AUTOMATIC1111 modules/hashes.py).
+    """
+    whole, data = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file:
+        first = file.read(8)
+        whole.update(first)
+        header = file.read(int.from_bytes(first, "little")) if path.suffix == ".safetensors" else b""
+        whole.update(header)
+        while chunk := file.read(1 << 22):
+            whole.update(chunk)
+            data.update(chunk)
+    found = {"sha256": whole.hexdigest(), "autov2": whole.hexdigest()[:10]}
+    return found | ({"autov3": data.hexdigest()[:12]} if path.suffix == ".safetensors" else {})
