@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, require_same_size
+from adapterkit.deltas.change import Change
 from adapterkit.deltas.factored import AdaLora, TLora, Vera
 from adapterkit.deltas.glora import Glora
 from adapterkit.deltas.hadamard import Hadamard
@@ -69,8 +69,8 @@ def build(
         scale *= float(scalar)
     axis = facts.pop("axis", None)
     change = _plain(kind, tensors, scale, weight_shape, facts)
-    if change.shape and not isinstance(change, Reshape):
-        require_same_size(change._title, change.shape, weight_shape)
+    if weight_shape is not None:
+        change._check_weight(tuple(weight_shape))
     if magnitude is None:
         return change
     if axis not in ("out", "in", None):

@@ -89,13 +89,8 @@ class Change:
         work = working_dtype(dtype)
         if base is None:
             return self._delta(None, work).to(dtype)
-        delta = self._on(base.device)._delta(base.to(work), work)
-        if delta.numel() != base.numel():
-            raise Mismatch(
-                f"the change is {written(delta.shape)} but the weight is {written(base.shape)}",
-                details={"change": list(delta.shape), "weight": list(base.shape)},
-            )
-        return delta.reshape(base.shape).to(dtype)
+        self._check_weight(tuple(base.shape))
+        return self._on(base.device)._delta(base.to(work), work).reshape(base.shape).to(dtype)
 
     def take(self, start: int, stop: int) -> Change:
         """The change of rows [start, stop) of the weight's first axis, exactly.
@@ -123,6 +118,10 @@ class Change:
             hint="keep it in its own format, or bake it into the base",
             details={"kind": self.kind},
         )
+
+    def _check_weight(self, weight_shape: tuple[int, ...]) -> None:
+        """Raise Mismatch unless a weight of this shape can be changed."""
+        check_fits(self._title, self.shape or (self.rows or weight_shape[0], *weight_shape[1:]), weight_shape)
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         """The delta in `work`; `base` is of that dtype too, and present where the kind needs it."""
@@ -166,13 +165,14 @@ def cut_shape(shape: tuple[int, ...] | None, start: int, stop: int) -> tuple[int
     return None if shape is None else (stop - start, *shape[1:])
 
 
-def require_same_size(what: str, shape: tuple[int, ...], weight_shape: tuple[int, ...] | None) -> None:
-    """Raise Mismatch unless the weight has as many rows and elements as the change."""
+def check_fits(title: str, shape: tuple[int, ...], weight_shape: tuple[int, ...] | None) -> None:
+    """Raise Mismatch unless the weight has the rows and elements of the change, or is not known."""
     if weight_shape is None:
         return
     if shape[:1] != weight_shape[:1] or math.prod(shape) != math.prod(weight_shape):
         raise Mismatch(
-            f"{what} makes a change of {written(shape)} but the weight is {written(weight_shape)}",
+            f"{title} makes a change of {written(shape)} but the weight is {written(weight_shape)}",
+            code="weight-shape",
             details={"change": list(shape), "weight": list(weight_shape)},
         )
 

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape, mismatch, require_same_size
+from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch
 from adapterkit.deltas.low_rank import LowRank
 from adapterkit.deltas.tensors import computing_dtype, nonzero_columns
 from adapterkit.errors import UsageError
@@ -44,7 +44,7 @@ class Hadamard(Change):
             raise mismatch("w1_a", tuple(self.w1_a.shape), "w2_a", tuple(self.w2_a.shape), "rows differ")
         if first != second or self._kernel(self.t1) != self._kernel(self.t2):
             raise mismatch("w1_b", tuple(self.w1_b.shape), "w2_b", tuple(self.w2_b.shape), "columns differ")
-        require_same_size("LoHa", self._own_shape, self.weight_shape)
+        check_fits("LoHa", self._own_shape, self.weight_shape)
 
     @property
     def kind(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape, mismatch, require_same_size
+from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch
 from adapterkit.deltas.hadamard import half
 from adapterkit.deltas.low_rank import LowRank
 from adapterkit.deltas.tensors import computing_dtype
@@ -45,7 +45,7 @@ class Kronecker(Change):
         if self.t2 is not None and self.w2 is not None:
             raise UsageError("LoKr has both `w2` and a core `t2`", code="roles")
         self._check_ranks()
-        require_same_size("LoKr", self._own_shape, self.weight_shape)
+        check_fits("LoKr", self._own_shape, self.weight_shape)
 
     def _check_ranks(self) -> None:
         if self.w1_a is not None and self.w1_b is not None and self.w1_a.shape[1] != self.w1_b.shape[0]:
@@ -89,12 +89,12 @@ class Kronecker(Change):
         work = computing_dtype(*self.tensors().values())
         up_1, down_1 = _thin(*self._first(work))
         up_2, down_2 = _thin(*self._second(work))
-        down = torch.kron(down_1, down_2)
-        return LowRank(torch.kron(up_1, up_2), down.reshape(down.shape[0], *self.shape[1:]), self.scale)
+        down = _kron(down_1, down_2)
+        return LowRank(_kron(up_1, up_2), down.reshape(down.shape[0], *self.shape[1:]), self.scale)
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         first, second = (_multiplied(*pair) for pair in (self._first(work), self._second(work)))
-        return torch.kron(first, second).mul_(self.scale).reshape(self.shape)
+        return (_kron(first, second) * self.scale).reshape(self.shape)
 
     def _take(self, start: int, stop: int) -> Change:
         block = self.block
@@ -129,6 +129,11 @@ class Kronecker(Change):
         assert first is not None and across is not None and second is not None
         kernel = tuple(self.t2.shape[2:]) if self.t2 is not None else tuple(second.shape[2:])
         return (first.shape[0] * self.block, across.shape[1] * second.shape[1], *kernel)
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """The Kronecker product; torch's own fails on some strides."""
+    return torch.einsum("lm,kn->lkmn", a, b).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def _multiplied(up: Tensor | None, down: Tensor) -> Tensor:

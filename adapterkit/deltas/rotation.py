@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape
+from adapterkit.deltas.change import Change, cut_shape, mismatch
 from adapterkit.deltas.tensors import written
 from adapterkit.errors import Mismatch
 
@@ -40,7 +40,7 @@ class Rotation(Change):
                 f"`rescale` is {written(self.rescale.shape)} but `blocks` is {written(shape)}: rows differ"
             )
         if self.weight_shape is not None and self.weight_shape[0] != self.rows:
-            raise Mismatch(f"`blocks` is {written(shape)} but the weight is {written(self.weight_shape)}")
+            raise mismatch("blocks", shape, "weight", self.weight_shape, "rows differ")
 
     @property
     def kind(self) -> str:
@@ -126,9 +126,9 @@ class InputRotation(Change):
         if self.blocks.ndim != 2 or size * (size - 1) // 2 != self.blocks.shape[1]:
             raise Mismatch(f"`blocks` is {written(self.blocks.shape)}: its rows are no triangles")
         if self.weight_shape is not None:
-            self._check_columns(self.weight_shape)
+            self._check_weight(self.weight_shape)
 
-    def _check_columns(self, weight_shape: tuple[int, ...]) -> None:
+    def _check_weight(self, weight_shape: tuple[int, ...]) -> None:
         count, columns = self.blocks.shape[0], math.prod(weight_shape[1:])
         shared = self.block_share and count == 1 and columns % self.block_size == 0
         if not shared and columns != count * self.block_size:
@@ -151,7 +151,6 @@ class InputRotation(Change):
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         assert base is not None
-        self._check_columns(tuple(base.shape))
         turned = self._rotations() - torch.eye(self.block_size, dtype=torch.float64, device=base.device)
         turned = turned.to(work) if self.inverse else turned.mT.to(work)
         columns = base.reshape(base.shape[0], -1, self.block_size)
@@ -210,7 +209,6 @@ class InputButterfly(Change):
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         assert base is not None
-        self._check_weight(tuple(base.shape))
         blocks = self.blocks.double()
         turned = cayley((blocks.mT - blocks) / 2.0).to(work)
         weight = base.flatten(1)

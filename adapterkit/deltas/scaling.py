@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape
+from adapterkit.deltas.change import Change, cut_shape, mismatch
 from adapterkit.deltas.tensors import written
 from adapterkit.errors import Mismatch
 
@@ -29,14 +29,16 @@ class Scaling(Change):
     weight_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        axis = int(self.on_input)
-        if self.vector.numel() != max(self.vector.shape, default=1) or (
-            self.weight_shape is not None and self.weight_shape[axis] != self.vector.numel()
-        ):
-            weight = "?" if self.weight_shape is None else written(self.weight_shape)
-            raise Mismatch(
-                f"`vector` is {written(self.vector.shape)} but the weight is {weight}: "
-                f"not one number per {'input channel' if self.on_input else 'row'}"
+        if self.vector.numel() != max(self.vector.shape, default=1):
+            raise Mismatch(f"`vector` is {written(self.vector.shape)}: not one number after another")
+        if self.weight_shape is not None:
+            self._check_weight(self.weight_shape)
+
+    def _check_weight(self, weight_shape: tuple[int, ...]) -> None:
+        if weight_shape[int(self.on_input) :][:1] != (self.vector.numel(),):
+            lane = "input channel" if self.on_input else "row"
+            raise mismatch(
+                "vector", tuple(self.vector.shape), "weight", weight_shape, f"not one number per {lane}"
             )
 
     @property
@@ -55,13 +57,8 @@ class Scaling(Change):
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         assert base is not None
-        axis = int(self.on_input)
-        if base.shape[axis] != self.vector.numel():
-            raise Mismatch(
-                f"`vector` is {written(self.vector.shape)} but the weight is {written(base.shape)}"
-            )
         sides = [1] * base.ndim
-        sides[axis] = -1
+        sides[int(self.on_input)] = -1
         factor = self.vector.to(work).reshape(sides)
         return base * (factor if self.additive else factor - 1.0)
 
