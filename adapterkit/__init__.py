@@ -1,6 +1,7 @@
 """adapterkit: LoRA adapters in every community format, read, converted and proven.
 
     import adapterkit
+
     adapterkit.convert("style.safetensors", "diffusers", "style_diffusers.safetensors")
 
 Importing this package is quick: torch is imported by the functions that need it.
@@ -11,23 +12,48 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
     from adapterkit.errors import AdapterkitError
-    from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion
-    from adapterkit.operations.sources import load
-    from adapterkit.operations.sources import store_of as open
+    from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
+    from adapterkit.operations.diff import Comparison, diff
+    from adapterkit.operations.inspect import Inspection, inspect
+    from adapterkit.operations.sources import Opened, load, open
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterkitError",
+    "Comparison",
+    "Conversion",
+    "ConvertOptions",
+    "Inspection",
+    "Opened",
+    "convert",
+    "diff",
+    "inspect",
+    "load",
+    "open",
+    "plan_conversion",
+    "save",
+]
 
 _HOMES = {
     "Adapter": "adapterkit.adapter",
     "AdapterkitError": "adapterkit.errors",
+    "Comparison": "adapterkit.operations.diff",
     "Conversion": "adapterkit.operations.convert",
     "ConvertOptions": "adapterkit.operations.convert",
+    "Inspection": "adapterkit.operations.inspect",
+    "Opened": "adapterkit.operations.sources",
     "convert": "adapterkit.operations.convert",
+    "diff": "adapterkit.operations.diff",
+    "inspect": "adapterkit.operations.inspect",
     "load": "adapterkit.operations.sources",
+    "open": "adapterkit.operations.sources",
     "plan_conversion": "adapterkit.operations.convert",
+    "save": "adapterkit.operations.convert",
 }
 
 

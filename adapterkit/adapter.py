@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from adapterkit import deltas
@@ -86,7 +85,7 @@ def read_adapter(
     one place, Mismatch for factors that do not fit each other.
     """
     explanation = explanation or explain(store)
-    where = str(store.path or "state dict")
+    where = store.label
     dropped = _consented(explanation, allow, where)
     found = configs(store, explanation)
     built = _Building(store, explanation, found, scale_from, where)
@@ -94,7 +93,6 @@ def read_adapter(
         built.add(entry)
     _no_overlap(built.changes, built.natives, where)
     mapped = {key for entry in explanation.entries for key in entry.keys}
-    tuners = {"": found.sidecar} if found.sidecar else dict(found.by_component)
     return Adapter(
         family=explanation.family,
         changes={place: tuple(changes) for place, changes in built.changes.items()},
@@ -104,7 +102,7 @@ def read_adapter(
         natives=built.natives,
         keys=built.keys,
         passengers={key: store.tensor(key) for key in explanation.passengers},
-        tuners=cast(Mapping[str, TunerConfig], tuners),
+        tuners=found.by_component,
         layouts=explanation.layouts,
         store=store,
     )
@@ -173,14 +171,13 @@ class _Building:
 
     def _change(self, entry: Entry, scale: Scale) -> Change:
         roles = {name: self._tensor(role) for name, role in entry.roles.items()}
-        facts = self._facts(entry)
         shape = weight_shape(self.explanation.family, entry.place)
         try:
-            inner = deltas.build(entry.kind, roles, scale=scale.value, weight_shape=shape, **facts)
+            inner = self._build(entry, roles, scale.value, shape)
         except Mismatch:
             # A model of the same structure in another width; factors that do not fit each other
             # are refused all the same.
-            inner = deltas.build(entry.kind, roles, scale=scale.value, **facts)
+            inner = self._build(entry, roles, scale.value, None)
         magnitude = entry.modifiers.get("magnitude")
         if magnitude is None:
             return inner
@@ -191,18 +188,24 @@ class _Building:
         # Axes are given by name in our order "o r" or "r i"; a stored "r o" is its transpose.
         return tensor.T if role.spelling.axes in {"r o", "i r"} else tensor
 
-    def _facts(self, entry: Entry) -> dict[str, object]:
-        """What the mathematics of some kinds needs beside the tensors."""
+    def _build(
+        self, entry: Entry, roles: Mapping[str, Tensor], scale: float, shape: tuple[int, ...] | None
+    ) -> Change:
+        """One change, with what its mathematics needs beside the tensors."""
         if entry.kind in {"oft", "boft"} and (role := entry.modifiers.get("alpha")) is not None:
-            return {"constraint": self.store.scalar(role.key)}
+            limit = self.store.scalar(role.key)
+            return deltas.build(entry.kind, roles, weight_shape=shape, constraint=limit)
         if entry.kind == "oft_input":
             config = self.configs.of(entry.place.component)
             values = config.values if config else {}
-            return {
-                "block_share": bool(values.get("block_share", False)),
-                "cayley_neumann": bool(values.get("use_cayley_neumann", True)),
-            }
-        return {}
+            return deltas.build(
+                entry.kind,
+                roles,
+                weight_shape=shape,
+                block_share=bool(values.get("block_share", False)),
+                cayley_neumann=bool(values.get("use_cayley_neumann", True)),
+            )
+        return deltas.build(entry.kind, roles, scale=scale, weight_shape=shape)
 
 
 def _with_magnitude(inner: Change, stored: Tensor, axis: str) -> deltas.Magnitude:
@@ -231,9 +234,7 @@ def weight_shape(family: Family, place: Place) -> tuple[int, ...] | None:
     return (rows, *known[0][1:])
 
 
-def _no_overlap(
-    changes: Mapping[Place, list[Change]], natives: Mapping[Place, str], where: str
-) -> None:
+def _no_overlap(changes: Mapping[Place, list[Change]], natives: Mapping[Place, str], where: str) -> None:
     """Two changes of one kind on the same rows are a mistake of whoever wrote the file.
 
     Applying both would double the effect; taking one would lose the other.
@@ -253,5 +254,3 @@ def _no_overlap(
             for piece in place.span:
                 key = (place.component, place.param, piece.module, change.kind)
                 seen[key].append((piece.start, piece.stop, natives[place]))
-
-

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
+from itertools import pairwise
 
 from adapterkit import deltas
 from adapterkit.adapter import Adapter, weight_shape
@@ -39,6 +40,9 @@ class Difference:
     @property
     def name(self) -> str:
         return f"{self.component}.{self.module}" + (f".{self.param}" if self.param == "bias" else "")
+
+
+_Pair = tuple[Change | None, Change | None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def differences(
     step = max(1, len(every) // sample) if sample else 1
     for unit in every[::step]:
         if unit.place is not None:
-            pairs = [(_sum(a.changes[unit.place]), _sum(b.changes[unit.place]))]
+            pairs: list[_Pair] = [(_sum(a.changes[unit.place]), _sum(b.changes[unit.place]))]
         else:
             pairs = list(_pairs(unit.left, unit.right))
         shape = weight_shape(a.family, unit.place) if unit.place else None
@@ -100,10 +104,10 @@ def _sum(changes: Sequence[Change]) -> Change:
     return changes[0] if len(changes) == 1 else reduce(lambda x, y: deltas.add([x, y]), changes)
 
 
-def _pairs(left: Sequence[Stretch], right: Sequence[Stretch]) -> Iterator[tuple[Change | None, Change | None]]:
+def _pairs(left: Sequence[Stretch], right: Sequence[Stretch]) -> Iterator[_Pair]:
     """Both sides of each run of rows between two cuts of either."""
     cuts = sorted({edge for s in (*left, *right) for edge in (s.piece.start, s.piece.stop)})
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         one, two = _part(left, start, stop), _part(right, start, stop)
         if one is not None or two is not None:
             yield one, two
@@ -139,7 +143,7 @@ def _error(one: Change | None, two: Change | None, shape: tuple[int, ...] | None
         return deltas.relative_error(one, two, shape)
 
 
-def _cosine(pairs: Sequence[tuple[Change | None, Change | None]]) -> float | None:
+def _cosine(pairs: Sequence[_Pair]) -> float | None:
     whole = [(one, two) for one, two in pairs if one is not None and two is not None]
     if len(whole) != 1 or whole[0][0].needs_base or whole[0][1].needs_base:
         return None

@@ -125,7 +125,6 @@ class Explanation:
             details={"families": list[Json](names)},
         )
 
-
     def _same_result(self, other: Family, target: str) -> bool:
         """Whether `other` finds the same rows for every entry, and the target calls them the same."""
         if target not in other.target_names() or target not in self.family.target_names():
@@ -246,7 +245,9 @@ def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[boo
     return len(shape) == len(base), shape == base
 
 
-def _shape_of(spelled: Sequence[tuple[str, tuple[Spelling, ...]]], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
+def _shape_of(
+    spelled: Sequence[tuple[str, tuple[Spelling, ...]]], tensors: Mapping[str, TensorInfo]
+) -> tuple[int, ...] | None:
     for kind in ("lora", "lokr", "glora", "diff"):
         shapes = {
             s.role: tensors[key].shape
@@ -268,9 +269,15 @@ def _choose(family: Family, rows: tuple[Located, ...], shape: tuple[int, ...] | 
     return rows[0]
 
 
-def _candidate(family: Family, splits: Sequence[_Keys], store: Store) -> tuple[Candidate, list[_Claim]] | None:
+def _candidate(
+    family: Family, splits: Sequence[_Keys], store: Store
+) -> tuple[Candidate, list[_Claim]] | None:
     """The family's best explanation: the layout that claims most, then others for what is left."""
-    claims = [_claim(family, keys) for keys in splits if keys.layout.name in family.spelling and _promising(family, keys)]
+    claims = [
+        _claim(family, keys)
+        for keys in splits
+        if keys.layout.name in family.spelling and _promising(family, keys)
+    ]
     chosen: list[_Claim] = []
     explained: set[str] = set()
     while claims:
@@ -302,9 +309,7 @@ def _candidate(family: Family, splits: Sequence[_Keys], store: Store) -> tuple[C
 
 
 def _evidence(family: Family, metadata: Mapping[str, str]) -> bool:
-    return any(
-        metadata.get(key, "").startswith(beginnings) for key, beginnings in family.evidence.items()
-    )
+    return any(metadata.get(key, "").startswith(beginnings) for key, beginnings in family.evidence.items())
 
 
 def explain(store: Store, *, family_name: str | None = None) -> Explanation:
@@ -342,14 +347,18 @@ def _prefer_tables(ranked: list[tuple[Candidate, list[_Claim]]]) -> list[tuple[C
     opened = [c for c in ranked if c[0].family.open]
     if closed and (closed[0][0].share >= _CLOSED_ENOUGH or not opened):
         return closed + opened
-    return opened + closed if opened and (not closed or opened[0][0].share > closed[0][0].share) else closed + opened
+    return (
+        opened + closed
+        if opened and (not closed or opened[0][0].share > closed[0][0].share)
+        else closed + opened
+    )
 
 
 def _unrecognized(store: Store) -> Unrecognized:
     keys = list(store.tensors)
     shown = ", ".join(f"`{key}`" for key in keys[:3])
     return Unrecognized(
-        f"{store.path or 'state dict'}: no known family or layout explains any of its {len(keys)} tensors ({shown}, …)",
+        f"{store.label}: no known family or layout explains any of its {len(keys)} tensors ({shown}, …)",
         hint="`adapterkit formats` lists what can be read; a full checkpoint is not an adapter",
         details={"tensors": len(keys), "first": list[Json](keys[:5])},
     )

@@ -7,8 +7,6 @@ tensors, ranks and alphas, and the places where the scale stands.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import cast
 
 from adapterkit.deltas import Magnitude
 from adapterkit.errors import Json, Unrepresentable
@@ -153,5 +151,3 @@ def _has_magnitude(module: Module) -> bool:
 
 def _on_input(module: Module) -> bool:
     return any(part.source and getattr(part.source.change, "on_input", False) for part in module.cut.parts)
-
-

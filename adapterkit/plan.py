@@ -6,7 +6,6 @@ writer asks: one tensor at a time, so that memory is bounded by the largest and 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import Tensor
 from adapterkit import deltas
 from adapterkit.adapter import Adapter, Receipt, weight_shape
 from adapterkit.deltas import Change, Magnitude
-from adapterkit.errors import AdapterkitError, Json, Refused, Unrepresentable, Untranslatable
+from adapterkit.errors import Json, Refused, Unrepresentable, Untranslatable
 from adapterkit.recut import Cut, Source, recut
 from adapterkit.specs.families import Place, Target
 from adapterkit.specs.layouts import Layout, layouts
@@ -64,8 +63,9 @@ class Module:
 class Plan:
     """An adapter, a target, and everything that will be written.
 
-    receipt: what becomes of every input tensor.  lost: places left out by consent, and which.  idle: modules left out because they are exactly
-    zero beside parts that are not.  rounded: modules whose scale could not be folded exactly.
+    receipt: what becomes of every input tensor.  lost: places left out by consent, and which.
+    idle: modules left out because they are exactly zero beside parts that are not.
+    rounded: modules whose scale could not be folded exactly.
     """
 
     adapter: Adapter
@@ -254,7 +254,8 @@ class _Planning:
         if spelled.scale is not None:
             scales[native] = spelled.scale
         tensors = {
-            key: info_of(key, cast_float(tensor, self.options.dtype)) for key, tensor in spelled.tensors.items()
+            key: info_of(key, cast_float(tensor, self.options.dtype))
+            for key, tensor in spelled.tensors.items()
         }
         self._require_free(tensors, native)
         scale = None
@@ -324,5 +325,3 @@ def writes_magnitude(layout: Layout) -> bool:
 
 def _expands(change: Change) -> bool:
     return type(change).low_rank is not Change.low_rank
-
-

@@ -64,7 +64,7 @@ class Cut:
 
     @staticmethod
     def _is_whole(part: Part) -> bool:
-        return part.source is not None and part.start == 0 and part.stop == part.source.change.rows
+        return part.source is not None and part.start == 0 and part.stop == (part.source.change.rows or 0)
 
     def make(self) -> Change | None:
         """The change of this native tensor; None if it turns out to change nothing.
@@ -121,8 +121,7 @@ def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
         if row is None:
             apart.append(source)
         else:
-            rows = source.change.rows
-            cuts.append(Cut(row, param, (Part(source, 0, rows if rows is not None else 0),)))
+            cuts.append(Cut(row, param, (Part(source, 0, source.change.rows or 0),)))
     rows, nameless = _rows_for(apart, names, param)
     pieces = _by_module(s for s in stream if s not in nameless)
     for row in rows:
@@ -130,9 +129,7 @@ def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
     return Recut(tuple(cuts), tuple(nameless))
 
 
-def _rows_for(
-    sources: Sequence[Source], names: Names, param: str
-) -> tuple[tuple[Row, ...], list[Source]]:
+def _rows_for(sources: Sequence[Source], names: Names, param: str) -> tuple[tuple[Row, ...], list[Source]]:
     """The target's rows that these sources reach, and the sources that it cannot name in full."""
     rows: dict[str, Row] = {}
     nameless: list[Source] = []
@@ -176,7 +173,7 @@ def stretches(source: Source) -> Iterable[Stretch]:
     rows = source.change.rows
     if rows is None or rows % total:
         raise Mismatch(
-            f"`{span[0].module}` and {len(span) - 1} more share {rows} rows in {total} equal parts, which cannot be",
+            f"`{span[0].module}` and {len(span) - 1} more cannot share {rows} rows in {total} equal parts",
             hint="the tensor is not the fused weight that its name says",
         )
     first = 0
@@ -192,7 +189,11 @@ def _cut(row: Row, param: str, pieces: Mapping[str, list[Stretch]]) -> Cut:
     parts: list[Part] = []
     transposed = False
     for piece in row.span:
-        covering = [s for s in pieces.get(piece.module, ()) if s.piece.start < piece.stop and piece.start < s.piece.stop]
+        covering = [
+            s
+            for s in pieces.get(piece.module, ())
+            if s.piece.start < piece.stop and piece.start < s.piece.stop
+        ]
         if not covering:
             height = unit * piece.weight
             if height.denominator != 1:

@@ -36,29 +36,30 @@ class Scale:
 
 @dataclass(frozen=True)
 class Configs:
-    """The configuration that goes with each component of a file, if there is one."""
+    """The configuration that goes with each component of a file ("" for all), and what it is called."""
 
-    sidecar: TunerConfig | None
     by_component: Mapping[str, TunerConfig]
+    name: str = METADATA_KEY
 
     def of(self, component: str) -> TunerConfig | None:
-        return self.sidecar or self.by_component.get(component)
-
-    @property
-    def name(self) -> str:
-        return CONFIG_FILE if self.sidecar else METADATA_KEY
+        return self.by_component.get(component) or self.by_component.get("")
 
 
 def configs(store: Store, explanation: Explanation) -> Configs:
     """Read the configurations beside or inside a file; StoreError if one is malformed."""
-    sidecar = store.sidecars.get(CONFIG_FILE)
-    text = store.metadata.get(METADATA_KEY)
-    by_component = {}
-    if text:
+    beside = {}
+    for name, value in store.sidecars.items():
+        component, _, file = name.rpartition("/")
+        if file == CONFIG_FILE and isinstance(value, dict):
+            beside[component] = TunerConfig(value)
+    if beside:
+        return Configs(beside, CONFIG_FILE)
+    inside = {}
+    if text := store.metadata.get(METADATA_KEY):
         for component in explanation.family.components:
             if (config := from_metadata(text, component)) is not None:
-                by_component[component] = config
-    return Configs(TunerConfig(sidecar) if isinstance(sidecar, dict) else None, by_component)
+                inside[component] = config
+    return Configs(inside)
 
 
 def rank_of(entry: Entry, store: Store) -> int | None:
@@ -71,9 +72,7 @@ def rank_of(entry: Entry, store: Store) -> int | None:
     return None
 
 
-def scale_of(
-    entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom | None = None
-) -> Scale:
+def scale_of(entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom | None = None) -> Scale:
     """The scale of one change.
 
     scale_from: which source holds when the tensor beside the module and the config disagree.
@@ -100,13 +99,13 @@ def _one_of(
 ) -> Scale:
     if not candidates:
         return Scale(1.0, None, "none given: 1")
-    if scale_from in candidates:
+    if scale_from is not None and scale_from in candidates:
         return candidates[scale_from]
     values = list(candidates.values())
     if len(values) == 2 and not math.isclose(values[0].value, values[1].value, rel_tol=_SAME):
         first, second = values
         raise Conflict(
-            f"{store.path or 'state dict'}: `{entry.native}`: scale {first.value:g} from {first.source}, "
+            f"{store.label}: `{entry.native}`: scale {first.value:g} from {first.source}, "
             f"{second.value:g} from {second.source}",
             code="scale-conflict",
             hint="say which holds with --scale-from alpha or --scale-from config",
@@ -134,7 +133,7 @@ def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
 def _finite(store: Store, key: str) -> float:
     value = store.scalar(key)
     if not math.isfinite(value):
-        raise StoreError(f"{store.path or 'state dict'}: `{key}` is {value}", code="bad-alpha")
+        raise StoreError(f"{store.label}: `{key}` is {value}", code="bad-alpha")
     return value
 
 

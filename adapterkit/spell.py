@@ -6,7 +6,6 @@ The counterpart of reading in `adapterkit.adapter`, from the same tables.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -192,4 +191,4 @@ def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`tensor` in `dtype` if it holds floating-point numbers of another; scalars stay as they are."""
     if dtype is None or not tensor.is_floating_point() or tensor.ndim == 0:
         return tensor
-    return cast(Tensor, tensor.to(dtype))
+    return tensor.to(dtype)

@@ -34,7 +34,7 @@ def modules(base: Family, layout: str, keep: tuple[str, ...]) -> Iterator[tuple[
             if row.param is not None or first is None or len(first) != 2:
                 continue
             name = row.span[0].module
-            if any(word in name for word in SKIPPED) and "blocks" not in name or "norm" in name:
+            if (any(word in name for word in SKIPPED) and "blocks" not in name) or "norm" in name:
                 continue
             if component in {"unet", "transformer"} and not any(word in name for word in keep):
                 continue
@@ -42,7 +42,9 @@ def modules(base: Family, layout: str, keep: tuple[str, ...]) -> Iterator[tuple[
             yield prefix.text + row.native.replace(".", layouts()[layout].dot), out, first[1]
 
 
-def write(path: Path, base: Family, rank: int, alpha: float, keep: tuple[str, ...], metadata: dict[str, str]) -> None:
+def write(
+    path: Path, base: Family, rank: int, alpha: float, keep: tuple[str, ...], metadata: dict[str, str]
+) -> None:
     """A kohya file in bf16: up (out, rank), down (rank, in) and alpha of each module."""
     found = list(modules(base, "kohya", keep))
     infos, shapes = [], {}
@@ -50,7 +52,9 @@ def write(path: Path, base: Family, rank: int, alpha: float, keep: tuple[str, ..
         shapes[f"{name}.lora_down.weight"] = (rank, width)
         shapes[f"{name}.lora_up.weight"] = (out, rank)
         shapes[f"{name}.alpha"] = ()
-    infos = canonical_order([TensorInfo(key, "BF16" if shape else "F32", shape) for key, shape in shapes.items()])
+    infos = canonical_order(
+        [TensorInfo(key, "BF16" if shape else "F32", shape) for key, shape in shapes.items()]
+    )
     generator = torch.Generator().manual_seed(0)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,7 +84,12 @@ def main() -> None:
             arguments.rank,
             arguments.rank / 2,
             keep,
-            {**common, "ss_base_model_version": version, "ss_network_dim": str(arguments.rank), "ss_network_alpha": str(arguments.rank / 2)},
+            {
+                **common,
+                "ss_base_model_version": version,
+                "ss_network_dim": str(arguments.rank),
+                "ss_network_alpha": str(arguments.rank / 2),
+            },
         )
 
 

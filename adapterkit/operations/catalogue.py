@@ -140,7 +140,8 @@ def key_meanings(key: str) -> tuple[Meaning, ...]:
                 continue
             for located in family.locate(name, layout.dot, split[0]):
                 rows = tuple(
-                    piece.module + ("" if piece.start == 0 and piece.stop == 1 else f"[{piece.start}:{piece.stop}]")
+                    piece.module
+                    + ("" if piece.start == 0 and piece.stop == 1 else f"[{piece.start}:{piece.stop}]")
                     for piece in located.row.span
                 )
                 spelling = split[1][0]

@@ -12,7 +12,8 @@ from adapterkit.compare import Difference, differences, units
 from adapterkit.detect import explain
 from adapterkit.errors import Json, Refused, UsageError, VerificationFailed
 from adapterkit.metadata import component_config, output_metadata
-from adapterkit.operations.sources import Source, explained
+from adapterkit.operations.sources import Source
+from adapterkit.operations.sources import open as open_source
 from adapterkit.plan import Options, Plan, make_plan
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.tuner_config import CONFIG_FILE
@@ -81,17 +82,20 @@ def plan_conversion(source: Source, to: str, options: ConvertOptions | None = No
     Raises what `load` and `make_plan` raise, and UsageError for a format that the family has not.
     """
     options = options or ConvertOptions()
-    store, explanation = explained(source, options.family)
-    target = explanation.family.target(to)
-    explanation.decided(str(store.path or "state dict"), to)
-    adapter = read_adapter(store, explanation, allow=options.allow, scale_from=options.scale_from)
+    opened = open_source(source, family=options.family)
+    target = opened.explanation.family.target(to)
+    opened.explanation.decided(opened.store.label, to)
+    adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
+    return make_plan(adapter, target, _plan_options(options))
+
+
+def _plan_options(options: ConvertOptions) -> Options:
     dtype = None
     if options.dtype is not None:
         if options.dtype not in _DTYPES:
             raise UsageError(f"there is no dtype `{options.dtype}`", hint=f"dtypes: {', '.join(_DTYPES)}")
         dtype = torch_dtype(_DTYPES[options.dtype])
-    allow = frozenset(options.allow)
-    return make_plan(adapter, target, Options(dtype, options.as_lora, allow, options.fold))
+    return Options(dtype, options.as_lora, frozenset(options.allow), options.fold)
 
 
 def convert(source: Source, to: str, output: str | Path, options: ConvertOptions | None = None) -> Conversion:
@@ -104,6 +108,16 @@ def convert(source: Source, to: str, output: str | Path, options: ConvertOptions
     """
     options = options or ConvertOptions()
     plan = plan_conversion(source, to, options)
+    return write_plan(plan, Path(output), options)
+
+
+def save(adapter: Adapter, to: str, output: str | Path, options: ConvertOptions | None = None) -> Conversion:
+    """Write an adapter in memory in the format `to`; see `convert`.
+
+    The options that concern reading (family, scale_from) have no effect.
+    """
+    options = options or ConvertOptions()
+    plan = make_plan(adapter, adapter.family.target(to), _plan_options(options))
     return write_plan(plan, Path(output), options)
 
 
@@ -129,7 +143,11 @@ def write_plan(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
 
 
 def _write(
-    plan: Plan, component: str | None, path: Path, options: ConvertOptions, config: Mapping[str, Json] | None = None
+    plan: Plan,
+    component: str | None,
+    path: Path,
+    options: ConvertOptions,
+    config: Mapping[str, Json] | None = None,
 ) -> tuple[Written, Verification | None]:
     infos = plan.header(component)
     found: list[Verification] = []
@@ -190,7 +208,7 @@ def _judge(plan: Plan, worst: Difference | None) -> None:
         )
     if "precision" not in plan.options.allow:
         raise VerificationFailed(
-            f"`{worst.name}` read back differs by {worst.error:.3g} from what was asked for; nothing was written",
+            f"`{worst.name}` read back differs by {worst.error:.3g} from what was asked for",
             hint="this is a fault of adapterkit; please report it with the file's `inspect --json`",
             details=facts,
         )

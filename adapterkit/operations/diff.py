@@ -38,7 +38,12 @@ class Comparison:
         rows = [{**asdict(d), "error": d.error if isfinite(d.error) else "inf"} for d in self.modules]
         return cast(
             dict[str, Json],
-            {"equal": self.equal, "tolerance": self.tolerance, "differing": len(self.differing), "modules": rows},
+            {
+                "equal": self.equal,
+                "tolerance": self.tolerance,
+                "differing": len(self.differing),
+                "modules": rows,
+            },
         )
 
 
@@ -55,7 +60,11 @@ def diff(
     Raises Mismatch if they are for different base models, and what `load` raises.
     """
     left = load(a, family=family, allow=allow)
-    right = load(b, family=family or left.family.key, allow=allow) if not left.family.open else load(b, allow=allow)
+    right = (
+        load(b, family=family or left.family.key, allow=allow)
+        if not left.family.open
+        else load(b, allow=allow)
+    )
     if left.family.name != right.family.name:
         raise Mismatch(
             f"one is for {left.family.label}, the other for {right.family.label}",

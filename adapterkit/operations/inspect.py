@@ -13,7 +13,8 @@ from typing import cast
 from adapterkit.detect import Entry, Explanation
 from adapterkit.errors import AdapterkitError, Json
 from adapterkit.key_patterns import key_patterns
-from adapterkit.operations.sources import Source, explained
+from adapterkit.operations.sources import Source
+from adapterkit.operations.sources import open as open_source
 from adapterkit.scale import configs, rank_of, scale_of
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import layouts
@@ -125,11 +126,12 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
     hashes: also read all of the file and compute SHA-256, AutoV2 and AutoV3.
     Raises Unrecognized or StoreError.
     """
-    store, explanation = explained(source, family)
+    opened = open_source(source, family=family)
+    store, explanation = opened.store, opened.explanation
     found = explanation.family
     scales, scale_problems = _scales(store, explanation)
     return Inspection(
-        path=str(store.path or "state dict"),
+        path=store.label,
         container=store.kind,
         size=store.size,
         tensors=len(store.tensors),
@@ -233,7 +235,9 @@ def _problems(store: Store, explanation: Explanation) -> Iterable[Problem]:
         yield Problem("several-adapters", f"the names of several adapters stand in its keys: {names}")
     if not explanation.family.open and 0 < explanation.shapes < 1:
         wrong = 1 - explanation.shapes
-        yield Problem("shapes", f"{wrong:.0%} of checked modules do not have the shapes of {explanation.family.label}")
+        yield Problem(
+            "shapes", f"{wrong:.0%} of checked modules do not have the shapes of {explanation.family.label}"
+        )
     yield from _hash_problems(store.metadata)
 
 

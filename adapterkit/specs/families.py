@@ -19,7 +19,7 @@ from adapterkit.specs.names import Network, Piece, Row, Span, network
 from adapterkit.specs.paths import formats_dir
 
 ANY = "*"
-_TOP_KEYS = frozenset("title open components sizes evidence spelling targets".split())
+_TOP_KEYS = frozenset(["title", "open", "components", "sizes", "evidence", "spelling", "targets"])
 
 
 class Names(Protocol):

@@ -82,7 +82,9 @@ KINDS: dict[str, Kind] = {
         Kind("diff", "whole delta", (_roles("value"),)),
         Kind("set", "replacement", (_roles("value"),), needs_base=True),
         Kind("reshape", "base widened to a shape", (_roles("shape"),), needs_base=True),
-        Kind("adalora", "AdaLoRA", (_roles("up", "down", "e"),), _roles("ranknum"), (("down", 0),), scales=True),
+        Kind(
+            "adalora", "AdaLoRA", (_roles("up", "down", "e"),), _roles("ranknum"), (("down", 0),), scales=True
+        ),
         Kind("tlora", "T-LoRA", (_roles("p", "q", "lambda"),), rank=(("q", 0),), needs_base=True),
         Kind("vera", "VeRA", (_roles("b", "d"),), rank=(("d", 0),)),
         Kind("tokens", "replaced token rows", (_roles("rows"),), needs_base=True),

@@ -22,9 +22,8 @@ ScaleHome = Literal["alpha", "adapter_config.json", "lora_adapter_metadata", "no
 Axis = Literal["", "out", "by shape"]
 
 _SCALE_HOMES = ("alpha", "adapter_config.json", "lora_adapter_metadata", "none")
-_TOP_KEYS = frozenset(
-    "title summary source dot scale extends written folder whole bare slots modifiers kinds passengers".split()
-)
+_PLAIN_KEYS = {"title", "summary", "source", "dot", "scale", "extends", "written", "folder", "bare"}
+_TOP_KEYS = _PLAIN_KEYS | {"whole", "slots", "modifiers", "kinds", "passengers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +143,20 @@ def _spellings(kind: str, role: str, param: str, entry: object, where: str) -> I
         known = set(Spelling.__dataclass_fields__) - {"kind", "role", "suffix", "param"} | {"key"}
         if unknown := set(table) - known:
             raise SpecError(f"{where}: `{kind}.{role}` has unknown settings {sorted(unknown)}")
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-        key = cast(str, options.pop("key"))
-        yield Spelling(kind=kind, role=role, suffix=_suffix(key), param=param, **options)
+        yield Spelling(
+            kind=kind,
+            role=role,
+            suffix=_suffix(table["key"]),
+            param=param,
+            axes=table.get("axes", ""),
+            ndim=table.get("ndim", 0),
+            scaled=table.get("scaled", False),
+            axis=table.get("axis", ""),
+            conv=table.get("conv", ""),
+            of_norm=table.get("of_norm", False),
+            components=tuple(table.get("components", ())),
+            written=table.get("written", True),
+        )
 
 
 def _kind_spellings(kind: str, table: Mapping[str, object], where: str) -> Iterator[Spelling]:

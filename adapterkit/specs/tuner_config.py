@@ -67,7 +67,7 @@ class TunerConfig:
                 )
             except re.error as error:
                 raise StoreError(
-                    f"`{name}` of the adapter's config holds `{error.pattern}`, which is no regular expression",
+                    f"`{name}` of the adapter's config: `{error.pattern!s}` is no regular expression",
                     code="bad-config",
                 ) from error
         return compiled
