@@ -62,16 +62,16 @@ def replacing(
 
 def _target(path: Path, overwrite: bool) -> Path:
     """The file a write to `path` would create or replace, refused unless it may be."""
-    target = Path(os.path.realpath(path))
     name = shown(path)
     try:
-        mode = target.stat().st_mode
-    except FileNotFoundError:
+        target = Path(os.path.realpath(path))
         if not target.parent.is_dir():
             raise StoreError(
                 f"{name}: its folder does not exist", code="no-folder", hint="create the folder first"
-            ) from None
-        return target
+            )
+        if not target.exists():
+            return target
+        mode = target.stat().st_mode
     except (OSError, ValueError) as error:
         raise system_failure(path, "cannot be written", error) from error
     if stat.S_ISDIR(mode):
@@ -122,9 +122,9 @@ def _sweep(folder: Path) -> None:
     """Remove temporary files of programs that were killed: old enough, and locked by nobody."""
     if sys.platform == "win32":
         return
-    # A leftover that cannot be removed harms nobody, and is not this write's business.
-    with contextlib.suppress(OSError):
-        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        # One that is locked, or cannot be removed, harms nobody and is not this write's business.
+        with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _GRACE_SECONDS:
                 with leftover.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import Json, StoreError
 from adapterkit.stores.base import Limits, Store
 from adapterkit.stores.files import PICKLE_SUFFIXES, open_file
-from adapterkit.stores.guards import shown, system_failure
+from adapterkit.stores.guards import is_file, is_folder, shown, system_failure
 from adapterkit.stores.json_files import read_json
 from adapterkit.stores.sharded import INDEX_SUFFIX, open_index
 
@@ -53,11 +53,7 @@ class FolderStore(Store):
 
 def open_folder(folder: Path, limits: Limits) -> Store:
     """Open the one tensor file of a folder. StoreError when it has none, or several to choose from."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise system_failure(folder, "cannot be read", error) from error
-    chosen = _choose(folder, names)
+    chosen = _choose(folder, _names(folder))
     sidecars, warnings = read_sidecars(folder, limits)
     if chosen.name in ADAPTER_FILES and not sidecars:
         warnings += (f"no {CONFIG}: the adapter's scale and kind can only be guessed",)
@@ -68,7 +64,7 @@ def open_folder(folder: Path, limits: Limits) -> Store:
 def read_sidecars(folder: Path, limits: Limits) -> tuple[dict[str, Json], tuple[str, ...]]:
     """The adapter's configuration, by file name, and what is odd about it; nothing if there is none."""
     path = folder / CONFIG
-    if not path.is_file():
+    if not is_file(path):
         return {}, ()
     config = read_json(path, limits.json_bytes)
     if not isinstance(config, dict):
@@ -76,6 +72,14 @@ def read_sidecars(folder: Path, limits: Limits) -> tuple[dict[str, Json], tuple[
     if config.get("base_model_name_or_path") is None:
         return {CONFIG: config}, (f"{CONFIG} names no base model",)
     return {CONFIG: config}, ()
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder, in order, without the hidden files that some systems add."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise system_failure(folder, "cannot be read", error) from error
 
 
 def _choose(folder: Path, names: list[str]) -> Path:
@@ -111,7 +115,7 @@ def _several(folder: Path, found: list[str]) -> StoreError:
 
 def _holds_tensors(folder: Path) -> bool:
     wanted = (CONFIG, ".safetensors", *PICKLE_SUFFIXES)
-    return folder.is_dir() and any(entry.name.endswith(wanted) for entry in folder.iterdir())
+    return is_folder(folder) and any(name.endswith(wanted) for name in _names(folder))
 
 
 def _listed(names: list[str]) -> str:

@@ -23,6 +23,22 @@ def require_name(name: str, where: str) -> None:
         raise StoreError(f"{where}: the name `{shown(name)}` holds invisible characters", code="unsafe-name")
 
 
+def is_folder(path: Path) -> bool:
+    """False also for what cannot be looked at, or be a path at all."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """False also for what cannot be looked at, or be a path at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def require_little_endian() -> None:
     """Tensor files are little-endian and are used in place, so a big-endian host would read garbage."""
     if sys.byteorder != "little":

@@ -8,7 +8,7 @@ from adapterkit.errors import StoreError
 from adapterkit.stores.base import DEFAULT_LIMITS, Limits, Store
 from adapterkit.stores.files import open_file
 from adapterkit.stores.folders import ADAPTER_FILES, CONFIG, open_folder, read_sidecars
-from adapterkit.stores.guards import require_little_endian, shown
+from adapterkit.stores.guards import is_folder, require_little_endian, shown
 from adapterkit.stores.sharded import INDEX_SUFFIX, open_index
 
 
@@ -20,7 +20,7 @@ def open_store(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Store:
     """
     require_little_endian()
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         return open_folder(path, limits)
     if path.name.endswith(INDEX_SUFFIX):
         return open_index(path, limits)

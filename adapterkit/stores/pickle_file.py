@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from adapterkit.errors import StoreError
 from adapterkit.stores.base import Limits, Store, TensorInfo
 from adapterkit.stores.guards import shown
@@ -63,6 +61,8 @@ class PickleStore(Store):
         start = view.offset * width
         if not info.elements or view.strides == _row_major(view):
             return data[start : start + info.nbytes]
+        import numpy as np
+
         # A stride along one element is never walked, and may be too large for numpy.
         axes = zip(view.shape, view.strides, strict=True)
         strides = [0 if size == 1 else stride * width for size, stride in axes]

@@ -203,6 +203,11 @@ class _Machine:
             raise _refusal(self.where, f"would use `{wanted}`", wanted)
         self.push(found)
 
+    def refuse_instance(self) -> None:
+        # What protocol 0 used to call a class; known here only to say which one.
+        wanted = shown(f"{self.line()}.{self.line()}")
+        raise _refusal(self.where, f"would call `{wanted}`", wanted)
+
     def call(self) -> None:
         arguments, callee = self.pop(), self.pop()
         if not isinstance(callee, Constructor):
@@ -264,6 +269,7 @@ _BY_NAME: dict[str, Callable[[_Machine], None]] = {
     "LONG_BINGET": lambda m: m.push(m.memo[m.integer(4)]),
     "GLOBAL": _Machine.find_by_lines,
     "STACK_GLOBAL": _Machine.find_by_stack,
+    "INST": _Machine.refuse_instance,
     "REDUCE": _Machine.call,
     "BUILD": _Machine.set_state,
     "BINPERSID": _Machine.push_storage,

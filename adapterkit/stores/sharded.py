@@ -6,6 +6,7 @@ opens whatever it names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import Json, StoreError, UnsafeFile
 from adapterkit.stores.base import Limits, Store, TensorInfo
 from adapterkit.stores.files import open_file
-from adapterkit.stores.guards import shown
+from adapterkit.stores.guards import is_file, shown
 from adapterkit.stores.json_files import read_json
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _shard_files(index: Path, names: Iterable[str]) -> dict[str, Path]:
     """The shards' files in the index's order, none of them outside, none missing."""
     folder = index.parent
     files = {name: _inside(folder, name, index) for name in dict.fromkeys(names)}
-    missing = [name for name, file in files.items() if not file.exists()]
+    missing = [name for name, file in files.items() if not is_file(file)]
     if missing:
         raise StoreError(
             f"{shown(index)}: {len(missing)} of {len(files)} shards are missing: "
@@ -102,7 +103,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     relative = Path(name)
     file = folder / relative
     leaves = not name.isprintable() or "\\" in name or ":" in name or relative.is_absolute()
-    if leaves or ".." in relative.parts or not _allowed(file.resolve(), folder):
+    if leaves or ".." in relative.parts or not _allowed(Path(os.path.realpath(file)), folder):
         raise UnsafeFile(
             f"{shown(index)}: refused: the shard `{shown(name)}` lies outside the folder",
             hint="the index was tampered with; get it from its source again",
@@ -117,10 +118,12 @@ def _allowed(target: Path, folder: Path) -> bool:
     The cache keeps snapshots/REVISION/FILE as links to ../../blobs/HASH (huggingface_hub's documentation,
     "Understand caching").
     """
-    if target.is_relative_to(folder.resolve()):
+    if target.is_relative_to(os.path.realpath(folder)):
         return True
     snapshots = folder.absolute().parent
-    return snapshots.name == "snapshots" and target.parent == (snapshots.parent / "blobs").resolve()
+    return snapshots.name == "snapshots" and target.parent == Path(
+        os.path.realpath(snapshots.parent / "blobs")
+    )
 
 
 def _homes(index: Path, weight_map: dict[str, str], shards: dict[str, Store]) -> dict[str, Store]:

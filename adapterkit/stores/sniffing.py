@@ -11,15 +11,21 @@ from adapterkit.stores.guards import shown
 # How many bytes `identify` wants to see.
 SNIFFED = 4096
 
-_ARCHIVES = {
-    b"\x1f\x8b": "a gzip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
-    b"\xfd7zXZ\x00": "an xz archive",
-    b"BZh": "a bzip2 archive",
-    b"\x28\xb5\x2f\xfd": "a zstandard archive",
-}
-_PICTURES = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a RIFF file (WebP?)"}
+_UNPACK = "unpack it first"
+# (first bytes, what they mean, what to do)
+_KNOWN = (
+    (b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!\x1a\x07", "a rar archive", _UNPACK),
+    (b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (b"BZh", "a bzip2 archive", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstandard archive", _UNPACK),
+    (b"\x89HDF", "an HDF5 file (Keras?)", ""),
+    (b"\x93NUMPY", "a numpy array", ""),
+    (b"\x89PNG", "a PNG picture", ""),
+    (b"\xff\xd8\xff", "a JPEG picture", ""),
+    (b"RIFF", "a RIFF file (a WebP picture?)", ""),
+)
 
 
 def looks_like_safetensors(head: bytes) -> bool:
@@ -67,11 +73,11 @@ def _cause(head: bytes, size: int) -> tuple[str, str, str]:
         return "JSON, not a tensor file", "json-file", "an error message saved by a download, or a side file"
     if head.startswith(b"GGUF"):
         return "a GGUF file", "gguf", "GGUF adapters come later; use the safetensors file it was made from"
-    for magic, what in (_ARCHIVES | _PICTURES).items():
+    for magic, what, todo in _KNOWN:
         if head.startswith(magic):
-            return f"{what}, not a tensor file", "archive", "unpack it first" if magic in _ARCHIVES else ""
+            return f"{what}, not a tensor file", "other-file", todo
     if head[257:262] == b"ustar":
-        return "a tar archive (or a file of torch before 0.4)", "archive", "unpack it first"
+        return "a tar archive (or a file of torch before 0.4)", "other-file", _UNPACK
     if size < 10:
         return f"too short for a safetensors header ({size} bytes)", "truncated", again
     if not head.strip(b"\x00"):

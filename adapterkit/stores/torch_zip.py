@@ -7,6 +7,7 @@ where harm is hidden, so the archive's two accounts of each member must agree, a
 from __future__ import annotations
 
 import stat
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def _members(file: MappedFile, where: str, limits: Limits) -> dict[str, Member]:
     try:
         with file.stream() as stream, zipfile.ZipFile(stream) as archive:
             infos, directory = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error, OSError) as error:
         raise StoreError(
             f"{where}: a damaged or cut torch file: {shown(error)}",
             code="archive",

@@ -23,7 +23,7 @@ Content = Union[bytes, memoryview, "torch.Tensor"]
 
 # Stands in metadata for the hash of the tensors' bytes, which is known only when they are written.
 # As long as the 64 digits it gives way to, so that nothing moves.
-DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-is-put-here"[:64]
+DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-goes-here"
 _CHUNK = 16 * 1024 * 1024
 
 
@@ -116,7 +116,8 @@ def _write(
         filled = {key: text.replace(DATA_SHA256, data.hexdigest()) for key, text in metadata.items()}
         file.seek(0)
         file.write(build_header(header, filled))
-        whole = _read_hash(file)
+        file.seek(0)
+        whole = hashlib.file_digest(file, "sha256")
     return Written(whole.hexdigest(), data.hexdigest(), size)
 
 
@@ -151,11 +152,3 @@ def _checked_bytes(info: TensorInfo, content: Content, path: Path) -> memoryview
 
 def _out_of_step(path: Path, what: str) -> StoreError:
     return StoreError(f"{shown(path)}: contents do not follow the header: {what}", code="out-of-step")
-
-
-def _read_hash(file: BinaryIO) -> hashlib._Hash:
-    file.seek(0)
-    found = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        found.update(chunk)
-    return found
