@@ -11,11 +11,18 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])|(?<=_)\d+(?=_|\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class KeyPattern:
-    """text: the keys with their numbers as ranges.  count: how many they are.  example: one of them."""
+    """text: the keys with their numbers as ranges.  keys: all of them, in order of appearance."""
 
     text: str
-    count: int
-    example: str
+    keys: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.keys)
+
+    @property
+    def example(self) -> str:
+        return self.keys[0]
 
 
 def key_patterns(keys: Iterable[str]) -> list[KeyPattern]:
@@ -26,7 +33,7 @@ def key_patterns(keys: Iterable[str]) -> list[KeyPattern]:
         numbers = tuple(int(number) for number in _NUMBER.findall(key))
         groups.setdefault(parts, []).append((key, numbers))
     return [
-        KeyPattern(_written(parts, [numbers for _, numbers in members]), len(members), members[0][0])
+        KeyPattern(_written(parts, [numbers for _, numbers in members]), tuple(key for key, _ in members))
         for parts, members in groups.items()
     ]
 

@@ -120,6 +120,29 @@ class Inspection:
         return cast(dict[str, Json], asdict(self))
 
 
+@dataclass(frozen=True)
+class KeyGroup:
+    """Keys that differ in their numbers alone, with the dtypes and shapes that their tensors have."""
+
+    pattern: str
+    count: int
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def key_groups(store: Store) -> tuple[KeyGroup, ...]:
+    """Every key of a file in patterns, in the order of its tensors. Needs no explanation of the file."""
+    return tuple(
+        KeyGroup(
+            pattern=pattern.text,
+            count=pattern.count,
+            dtypes=tuple(dict.fromkeys(store.tensors[key].dtype for key in pattern.keys)),
+            shapes=tuple(dict.fromkeys(store.tensors[key].shape for key in pattern.keys)),
+        )
+        for pattern in key_patterns(store.tensors)
+    )
+
+
 def inspect(source: Source, *, family: str | None = None, hashes: bool = False) -> Inspection:
     """Say what a file is. Reads the header and the scalars beside modules; torch is not needed.
 
