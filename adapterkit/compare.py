@@ -137,6 +137,9 @@ def _error(one: Change | None, two: Change | None, shape: tuple[int, ...] | None
     if one is None or two is None:
         present = one if one is not None else two
         return 0.0 if present is None or is_zero(present) else math.inf
+    if isinstance(one, deltas.Scaling):
+        # The weight's other side does not matter to it, and a square one fits rows and columns.
+        shape = (one.vector.numel(), one.vector.numel())
     try:
         return deltas.relative_error(one, two)
     except UsageError:

@@ -91,7 +91,9 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
 
 
 def _still_true(config: TunerConfig, scales: list[ModuleScale]) -> bool:
-    return all(config.scale(m.module, m.rank) == m.scale and config.rank(m.module) == m.rank for m in scales)
+    return all(
+        config.scale(m.module, m.rank) == m.scale and m.rank in (0, config.rank(m.module)) for m in scales
+    )
 
 
 def _named(plan: Plan, module: Module) -> ModuleScale:

@@ -112,9 +112,15 @@ class Plan:
             infos += [info_of(key, tensor) for key, tensor in self.passengers.items()]
         return canonical_order(infos)
 
-    def tensors(self, infos: Sequence[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-        """Make these tensors one after another. Raises Refused for a number that is not finite."""
-        owner = {key: module for module in self.modules for key in module.tensors}
+    def tensors(
+        self, infos: Sequence[TensorInfo], component: str | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Make these tensors (of one component) one after another.
+
+        Raises Refused for a number that is not finite.
+        """
+        modules = [module for module in self.modules if component in (None, module.component)]
+        owner = {key: module for module in modules for key in module.tensors}
         made: tuple[Module | None, dict[str, Tensor]] = (None, {})
         for info in infos:
             module = owner.get(info.name)
@@ -183,7 +189,7 @@ class _Planning:
     idle: list[str] = field(default_factory=list)
     lost: dict[Place, str] = field(default_factory=dict)
     dropped_passengers: list[str] = field(default_factory=list)
-    taken: dict[str, str] = field(default_factory=dict)
+    taken: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def layout(self) -> Layout:
@@ -212,7 +218,7 @@ class _Planning:
             if "magnitude" in self.options.allow and not writes_magnitude(self.layout):
                 return self._prepared(change.inner)
             return replace(change, inner=self._prepared(change.inner))
-        if self.options.as_lora and change.kind != "lora" and _expands(change):
+        if self.options.as_lora and (change.kind != "lora" or "mid" in change.tensors()) and _expands(change):
             change = change.low_rank()
         return deltas.fold(change)[0] if self.options.fold else change
 
@@ -257,10 +263,10 @@ class _Planning:
             key: info_of(key, cast_float(tensor, self.options.dtype))
             for key, tensor in spelled.tensors.items()
         }
-        self._require_free(tensors, native)
+        self._require_free(tensors, native, component)
         scale = None
-        if spelled.scale is not None and spelled.rank is not None:
-            scale = ModuleScale(cut.row.native, spelled.rank, spelled.scale)
+        if spelled.scale is not None:
+            scale = ModuleScale(cut.row.native, spelled.rank or 0, spelled.scale)
         self.modules.append(
             Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, spelled.exact)
         )
@@ -274,16 +280,17 @@ class _Planning:
             return len(shape) == 1
         return cut.param == "weight" and len(source.change.shape) == 1
 
-    def _require_free(self, keys: Collection[str], native: str) -> None:
+    def _require_free(self, keys: Collection[str], native: str, component: str) -> None:
+        file = component if self.layout.folder else ""
         for key in keys:
-            if key in self.taken:
+            if (file, key) in self.taken:
                 raise Unrepresentable(
                     f"`{native}`: two kinds of change would share the key `{key}`",
                     code="two-kinds",
                     hint="--as lora expands them to one kind",
                     details={"key": key},
                 )
-            self.taken[key] = native
+            self.taken.add((file, key))
 
     def passengers(self) -> dict[str, Tensor]:
         """The passengers that the target knows; Refused for others unless their loss is allowed."""

@@ -123,9 +123,9 @@ def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
         else:
             cuts.append(Cut(row, param, (Part(source, 0, source.change.rows or 0),)))
     rows, nameless = _rows_for(apart, names, param)
-    pieces = _by_module(s for s in stream if s not in nameless)
-    for row in rows:
-        cuts.append(_cut(row, param, pieces))
+    reached = {piece.module for row in rows for piece in row.span}
+    pieces = _by_module(s for s in stream if any(piece.module in reached for piece in s.place.span))
+    cuts += [_cut(row, param, pieces) for row in rows]
     return Recut(tuple(cuts), tuple(nameless))
 
 

@@ -140,8 +140,8 @@ def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float
     scale = getattr(inner, "scale", None)
     if scale is None or not KINDS[kind].scales:
         return inner, None, True
-    # Readers ignore the alpha of factors without a rank (an undecomposed LoKr).
-    if site.scale_home == "none" or inner.rank is None:
+    # Readers ignore the alpha of factors without a rank (an undecomposed LoKr); PEFT does not.
+    if site.scale_home == "none" or (site.scale_home == "alpha" and inner.rank is None):
         folded, exact = deltas.fold(inner)
         return folded, 1.0, exact
     return inner, float(scale), True

@@ -158,7 +158,7 @@ def _write(
     written = write_safetensors(
         path,
         infos,
-        plan.tensors(infos),
+        plan.tensors(infos, component),
         output_metadata(plan),
         overwrite=options.force,
         check=check if options.verify != "none" else None,

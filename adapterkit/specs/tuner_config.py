@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -95,7 +95,7 @@ def from_metadata(text: str, component: str) -> TunerConfig | None:
 
 @dataclass(frozen=True, slots=True)
 class ModuleScale:
-    """What a config must say of one module: its names (any of them), rank and scale."""
+    """What a config must say of one module: rank (0 where its factors have none) and scale."""
 
     module: str
     rank: int
@@ -107,8 +107,10 @@ def config_fields(modules: Sequence[ModuleScale]) -> dict[str, Json]:
 
     The commonest rank and alpha are the defaults, every other module has a pattern of its own.
     """
+    ranks = [m.rank for m in modules if m.rank] or [1]
+    rank = Counter(ranks).most_common(1)[0][0]
+    modules = [replace(m, rank=m.rank or rank) for m in modules]
     alphas = {m.module: m.scale * m.rank for m in modules}
-    rank = Counter(m.rank for m in modules).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     names = list(alphas)
     return {
