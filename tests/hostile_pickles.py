@@ -45,14 +45,18 @@ def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(raw)) + raw
 
 
-def tensor(shape: tuple[int, ...], strides: tuple[int, ...], elements: int, offset: int = 0) -> bytes:
-    """The opcodes that push a float32 tensor on storage "0"."""
+def tensor(
+    shape: tuple[int, ...], strides: tuple[int, ...], elements: int, offset: int = 0, view: bytes = b""
+) -> bytes:
+    """The opcodes that push a float32 tensor on storage "0". view: what legacy files add to the storage."""
 
     def numbers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(b"\x8a\x0a" + v.to_bytes(10, "little", signed=True) for v in values) + b"t"
 
     count = b"\x8a\x0a" + elements.to_bytes(10, "little")
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + count + b"tQ"
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + count + view + b"tQ"
+    )
     start = b"\x8a\x0a" + offset.to_bytes(10, "little", signed=True)
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
@@ -138,19 +142,19 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "shared parts, doubled 40 times": (
         b"\x80\x02}"
         + text("x")
-        + b"]q\x00"
+        + b"(]q\x00"
         + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(40))
-        + b"s.",
+        + b"ts.",
         "nested too deeply",
     ),
     "shared parts, doubled 30 times, round a tensor": (
         b"\x80\x02}"
         + text("x")
-        + b"]q\x00"
+        + b"(]q\x00"
         + tensor((1,), (1,), 1)
         + b"a"
         + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(30))
-        + b"s.",
+        + b"ts.",
         "nested too deeply",
     ),
     "a key nested 100000 deep": (b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.", "a container is used as a key"),

@@ -371,7 +371,7 @@ def test_damaged_files_never_end_in_a_foreign_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(3, 2), "b": torch.ones(2).half()}, path, {"k": "v"})
     good = path.read_bytes()
-    for _ in range(1500):
+    for _ in range(600):
         data = bytearray(good)
         for _ in range(chance.choice((1, 1, 2, 8))):
             data[chance.randrange(len(data))] = chance.randrange(256)

@@ -15,8 +15,8 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 from adapterkit.errors import StoreError
 from adapterkit.stores.guards import shown, system_failure
@@ -32,7 +32,7 @@ _GRACE_SECONDS = 60
 @contextlib.contextmanager
 def replacing(
     path: Path, needed: int, *, overwrite: bool, check: Callable[[Path], None] | None = None
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedRandom]:
     """Yield a binary file that takes `path`'s place when the block ends without an error.
 
     path: a link is followed, and what it points to is replaced. needed: bytes that must be free.
@@ -106,7 +106,7 @@ def _amount(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _created(temporary: Path, target: Path) -> BinaryIO:
+def _created(temporary: Path, target: Path) -> BufferedRandom:
     """A new, locked file with the mode of the one it will replace, or the mode the umask gives."""
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")

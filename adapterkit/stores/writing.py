@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Union
+from typing import TYPE_CHECKING, Union
 
 from adapterkit.errors import Json, StoreError
 from adapterkit.stores.atomic import replacing
@@ -96,7 +97,7 @@ def _require_valid(path: Path, header: Sequence[TensorInfo], metadata: Mapping[s
 
 
 def _write(
-    file: BinaryIO,
+    file: BufferedRandom,
     raw: bytes,
     header: Sequence[TensorInfo],
     produce: Iterable[tuple[str, Content]],
