@@ -25,6 +25,10 @@ from adapterkit.spell import Site, cast_float, spell
 from adapterkit.stores import TensorInfo, canonical_order, dtype_name
 
 
+# Kinds that change a layer's own tensors; every other stands in a layer around it.
+_ON_THE_LAYER = frozenset({"set", "diff", "reshape", "tokens"})
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user may decide about a conversion.
@@ -134,7 +138,7 @@ class Plan:
     def _checked(self, key: str, tensor: Tensor) -> Tensor:
         if "nonfinite" in self.options.allow or not tensor.is_floating_point():
             return tensor
-        if not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())
             raise Refused(
                 f"`{key}`: {bad} of {tensor.numel()} numbers are not finite in {dtype_name(tensor.dtype)}",
@@ -144,6 +148,15 @@ class Plan:
                 details={"key": key, "count": bad},
             )
         return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite: one that is not makes the sum so, and the sum is quick.
+
+    Only a sum that overflows by itself needs the slower look at each number.
+    """
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def info_of(key: str, tensor: Tensor) -> TensorInfo:
@@ -209,9 +222,11 @@ class _Planning:
         found = recut(sources, self.adapter.family.names(component, prefix.naming))
         self._nameless(found.nameless, component)
         scales: dict[str, float] = {}
+        wrapping = {cut.row.native for cut in found.cuts if cut.kind not in _ON_THE_LAYER}
         # Weights first: a bias that lies inside a layer is written relative to the layer's scale.
         for cut in sorted(found.cuts, key=lambda cut: cut.param == "bias"):
-            self._add(cut, component, prefix.text, scales)
+            wrapped = cut.row.native in wrapping or (cut.kind == "tokens" and bool(wrapping))
+            self._add(cut, component, prefix.text, scales, wrapped)
 
     def _prepared(self, change: Change) -> Change:
         if isinstance(change, Magnitude):
@@ -235,7 +250,7 @@ class _Planning:
             )
         self.lost.update((source.place, "untranslatable") for source in sources)
 
-    def _add(self, cut: Cut, component: str, prefix: str, scales: dict[str, float]) -> None:
+    def _add(self, cut: Cut, component: str, prefix: str, scales: dict[str, float], wrapped: bool) -> None:
         native = prefix + cut.row.native.replace(".", self.layout.dot)
         site = Site(
             layout=self.layout,
@@ -244,6 +259,7 @@ class _Planning:
             param=cut.param if cut.row.param is None else "weight",
             scale_home=self.target.scale,
             of_norm=self._is_vector(cut, component),
+            wrapped=wrapped,
             beside=scales.get(native, 1.0),
         )
         try:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from adapterkit import deltas
 from adapterkit.deltas import Change
@@ -46,7 +47,7 @@ class Part:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cut:
     """What one native tensor of the target is made of.
 
@@ -57,6 +58,10 @@ class Cut:
     param: str
     parts: tuple[Part, ...]
     transposed: bool = False
+
+    @property
+    def kind(self) -> str:
+        return next(part.source.kind for part in self.parts if part.source is not None)
 
     @property
     def renames(self) -> bool:
@@ -72,6 +77,14 @@ class Cut:
         A piece of a fused change that is exactly zero, beside pieces that are not, was never
         trained: leaving it out loses nothing.
         """
+        # A stack is new memory and is made again when it is written; anything less is views.
+        return self._view if len(self.parts) == 1 else self._made()
+
+    @cached_property
+    def _view(self) -> Change | None:
+        return self._made()
+
+    def _made(self) -> Change | None:
         if self.renames and self.parts[0].source is not None:
             return self.parts[0].source.change
         parts: list[Change | None] = []

@@ -91,6 +91,10 @@ def placed(blocks: Sequence[tuple[int, int, Tensor]], shape: Sequence[int]) -> T
 
 def nonzero_columns(matrix: Tensor) -> Tensor:
     """A mask of the second axis: which columns hold anything but zeros."""
+    first = matrix[:1].flatten(1)
+    if matrix.ndim == 2 and bool(first.all()):
+        # The usual case, told from one row.
+        return torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
     return (matrix != 0).flatten(2).any(dim=2).any(dim=0) if matrix.ndim > 2 else (matrix != 0).any(dim=0)
 
 

@@ -24,4 +24,9 @@ def is_zero(change: Change) -> bool:
             factors = [change.value]
         case _:
             return False
-    return any(factor is not None and not bool(factor.any()) for factor in factors)
+    return any(factor is not None and not _any(factor) for factor in factors)
+
+
+def _any(tensor: Tensor) -> bool:
+    # A trained factor shows it in its first row; only a zero one is read to the end.
+    return bool(tensor[:1].any()) or bool(tensor.any())
