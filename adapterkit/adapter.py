@@ -15,6 +15,7 @@ from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused
 from adapterkit.scale import Configs, Scale, ScaleFrom, configs, scale_of
 from adapterkit.specs.families import Family, Place
 from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.layouts import layouts
 from adapterkit.specs.tuner_config import TunerConfig
 from adapterkit.stores import Store
 
@@ -192,20 +193,32 @@ class _Building:
         self, entry: Entry, roles: Mapping[str, Tensor], scale: float, shape: tuple[int, ...] | None
     ) -> Change:
         """One change, with what its mathematics needs beside the tensors."""
-        if entry.kind in {"oft", "boft"} and (role := entry.modifiers.get("alpha")) is not None:
-            limit = self.store.scalar(role.key)
-            return deltas.build(entry.kind, roles, weight_shape=shape, constraint=limit)
-        if entry.kind == "oft_input":
-            config = self.configs.of(entry.place.component)
-            values = config.values if config else {}
-            return deltas.build(
-                entry.kind,
-                roles,
-                weight_shape=shape,
-                block_share=bool(values.get("block_share", False)),
-                cayley_neumann=bool(values.get("use_cayley_neumann", True)),
-            )
-        return deltas.build(entry.kind, roles, scale=scale, weight_shape=shape)
+        facts = {**self._facts(entry), **self._shared(entry)}
+        return deltas.build(entry.kind, roles, scale=scale, weight_shape=shape, **facts)
+
+    def _facts(self, entry: Entry) -> dict[str, object]:
+        """What another tensor of the module or the configuration says of this kind."""
+        config = self.configs.of(entry.place.component) or TunerConfig({})
+        match entry.kind:
+            case "oft" | "boft" if (role := entry.modifiers.get("alpha")) is not None:
+                return {"constraint": self.store.scalar(role.key)}
+            case "oft_input" | "oft_embedding":
+                return {
+                    "block_share": config.flag("block_share"),
+                    "cayley_neumann": config.flag("use_cayley_neumann", True),
+                    "terms": config.number("num_cayley_neumann_terms", 5),
+                }
+            case "adalora":
+                return {"initial_rank": config.number("init_r", 0) or None}
+            case "tokens":
+                return {"indices": config.token_indices(entry.path)}
+            case _:
+                return {}
+
+    def _shared(self, entry: Entry) -> dict[str, object]:
+        """The tensors that all modules of this kind use, where the file holds them."""
+        names = layouts()[entry.layout].shared.get(entry.kind, {})
+        return {fact: self.store.tensor(key) for fact, key in names.items() if key in self.store.tensors}
 
 
 def _with_magnitude(inner: Change, stored: Tensor, axis: str) -> deltas.Magnitude:

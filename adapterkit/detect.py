@@ -444,7 +444,8 @@ def _entries(
                 path=stem[len(prefix.text) :],
                 kind=kind,
                 roles=usable,
-                modifiers=modifiers if param == "weight" else {},
+                # They belong to the change of most tensors, not to a replacement beside it.
+                modifiers=modifiers if param == "weight" and not any(e.modifiers for e in entries) else {},
             )
         )
     if modifiers and not any(entry.modifiers for entry in entries):

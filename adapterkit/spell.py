@@ -22,8 +22,8 @@ class Site:
     """Where a change is to be written.
 
     native: the module's full name in the target, prefix included.
-    of_norm: its weight is a vector.  beside: the scale of the module's own change, which applies
-    to a bias inside the same layer.
+    of_norm: its weight is a vector.  wrapped: another kind of change wraps it.
+    beside: the scale of the module's own change, which applies to a bias inside the same layer.
     """
 
     layout: Layout
@@ -32,6 +32,7 @@ class Site:
     param: str
     scale_home: ScaleHome
     of_norm: bool = False
+    wrapped: bool = False
     beside: float = 1.0
 
 
@@ -99,7 +100,7 @@ def _can(kind: str, site: Site) -> bool:
 def _find(kind: str, role: str, site: Site) -> Spelling | None:
     # A tensor with a name of its own takes the suffixes of weights, whatever it is in its module.
     param = "bias" if site.param == "bias" else "weight"
-    return site.layout.spelling(kind, role, param, site.component, of_norm=site.of_norm)
+    return site.layout.spelling(kind, role, param, site.component, of_norm=site.of_norm, wrapped=site.wrapped)
 
 
 def _spelling(kind: str, role: str, site: Site) -> Spelling:

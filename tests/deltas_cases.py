@@ -200,6 +200,7 @@ def oft_input(
     share: bool = False,
     scaled: bool = False,
     inverse: bool = False,
+    kind: str = "oft_input",
 ) -> Case:
     o, size, count = 12, 3, 2
     channels = size * count
@@ -221,14 +222,10 @@ def oft_input(
         part = slice(group * size, (group + 1) * size)
         expected[:, part] = columns[:, part] @ turn
     roles = {"blocks": triangles} | ({"scaled": torch.tensor(True)} if scaled else {})
-    change = build(
-        "oft_input",
-        roles,
-        weight_shape=tuple(base.shape),
-        cayley_neumann=neumann,
-        block_share=share,
-        inverse=inverse,
-    )
+    facts = {"cayley_neumann": neumann, "block_share": share}
+    if kind == "oft_input":
+        facts["inverse"] = inverse
+    change = build(kind, roles, scale=1.0, weight_shape=tuple(base.shape), **facts)
     return Case(change, base, expected.reshape(base.shape))
 
 
@@ -341,6 +338,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "oft_input, shared": lambda: oft_input(share=True),
     "oft_input, scaled": lambda: oft_input(scaled=True),
     "oft_input, inverse": lambda: oft_input(inverse=True),
+    "oft_embedding": lambda: oft_input(inverse=True, kind="oft_embedding"),
     "boft_input": boft_input,
     "ia3, rows added": lambda: ia3(False, True),
     "ia3, columns added": lambda: ia3(True, True),

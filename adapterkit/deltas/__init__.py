@@ -13,7 +13,7 @@ from adapterkit.deltas.hadamard import Hadamard
 from adapterkit.deltas.kronecker import Kronecker
 from adapterkit.deltas.low_rank import EmbeddingLowRank, LowRank
 from adapterkit.deltas.magnitude import Axis, Magnitude
-from adapterkit.deltas.rotation import InputButterfly, InputRotation, Rotation
+from adapterkit.deltas.rotation import EmbeddingRotation, InputButterfly, InputRotation, Rotation
 from adapterkit.deltas.scaling import Scaling
 from adapterkit.deltas.stack import stack
 from adapterkit.deltas.sums import add, transpose
@@ -24,6 +24,7 @@ __all__ = [
     "Axis",
     "Change",
     "EmbeddingLowRank",
+    "EmbeddingRotation",
     "Glora",
     "Hadamard",
     "InputButterfly",

@@ -14,7 +14,7 @@ from adapterkit.deltas.hadamard import Hadamard
 from adapterkit.deltas.kronecker import Kronecker
 from adapterkit.deltas.low_rank import EmbeddingLowRank, LowRank
 from adapterkit.deltas.magnitude import Axis, Magnitude
-from adapterkit.deltas.rotation import InputButterfly, InputRotation, Rotation
+from adapterkit.deltas.rotation import EmbeddingRotation, InputButterfly, InputRotation, Rotation
 from adapterkit.deltas.scaling import Scaling
 from adapterkit.deltas.whole import Reshape, Tokens, Whole
 from adapterkit.errors import UsageError
@@ -29,6 +29,7 @@ CLASSES: dict[str, type[Change]] = {
     "oft": Rotation,
     "boft": Rotation,
     "oft_input": InputRotation,
+    "oft_embedding": EmbeddingRotation,
     "boft_input": InputButterfly,
     "ia3": Scaling,
     "diff": Whole,

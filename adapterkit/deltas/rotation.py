@@ -172,6 +172,17 @@ class InputRotation(Change):
 
 
 @dataclass(frozen=True, eq=False)
+class EmbeddingRotation(InputRotation):
+    """The rotation of an embedding's columns, which PEFT turns the other way than a linear layer's."""
+
+    inverse: bool = True
+
+    @property
+    def kind(self) -> str:
+        return "oft_embedding"
+
+
+@dataclass(frozen=True, eq=False)
 class InputButterfly(Change):
     """Columns rotated in stages, then rows times `rescale`: W' = rescale · W · Rᵀ, PEFT's BOFT.
 

@@ -77,6 +77,8 @@ KINDS: dict[str, Kind] = {
         Kind("oft", "OFT", (_roles("blocks"),), _roles("rescale"), needs_base=True),
         Kind("boft", "BOFT", (_roles("blocks"),), _roles("rescale"), needs_base=True),
         Kind("oft_input", "OFTv2", (_roles("blocks"),), _roles("scaled"), needs_base=True),
+        # PEFT rotates an embedding the other way round.
+        Kind("oft_embedding", "embedding OFTv2", (_roles("blocks"),), needs_base=True),
         Kind("boft_input", "BOFT (PEFT)", (_roles("blocks", "rescale"),), needs_base=True),
         Kind("ia3", "IA³", (_roles("vector"),), _roles("on_input"), needs_base=True),
         Kind("diff", "whole delta", (_roles("value"),)),

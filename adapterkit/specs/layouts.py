@@ -23,7 +23,7 @@ Axis = Literal["", "out", "by shape"]
 
 _SCALE_HOMES = ("alpha", "adapter_config.json", "lora_adapter_metadata", "none")
 _PLAIN_KEYS = {"title", "summary", "source", "dot", "scale", "extends", "written", "folder", "bare"}
-_TOP_KEYS = _PLAIN_KEYS | {"whole", "slots", "modifiers", "kinds", "passengers"}
+_TOP_KEYS = _PLAIN_KEYS | {"slots", "modifiers", "kinds", "passengers", "shared"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Spelling:
     scaled: whether the module's scale applies to it though its kind does not scale (PEFT's bias).
     axis, conv: for magnitudes, the axis they run along and the shape they take for a convolution.
     of_norm: written only for modules whose weight is a vector.
+    wrapped: written only for modules that another kind of change wraps (PEFT's `base_layer`).
     components: written only for these components; empty: for all.
     written: false for spellings that are read but never written.
     """
@@ -51,6 +52,7 @@ class Spelling:
     axis: Axis = ""
     conv: str = ""
     of_norm: bool = False
+    wrapped: bool = False
     components: tuple[str, ...] = ()
     written: bool = True
 
@@ -60,10 +62,10 @@ class Layout:
     """One spelling of changes, read and written from the same table.
 
     dot: stands for "." inside module names.  scale: where the scale is written.
-    folder: the weights' name when the layout is a folder.  whole: suffixes (`weight`, `bias`)
-    under which complete replacements stand.  bare: whether a tensor under its own full name is
-    one.  slots: name parts behind which an adapter's name may stand (`lora_A.default.weight`).
-    passengers: prefixes of tensors that travel along, with what they are.
+    folder: the weights' name when the layout is a folder.  bare: whether a tensor under its own
+    full name replaces the base's.  slots: name parts behind which an adapter's name may stand
+    (`lora_A.default.weight`).  passengers: prefixes of tensors that travel along, with what they
+    are.  shared: per kind, tensors that all its modules use, by what the mathematics calls them.
     """
 
     name: str
@@ -74,10 +76,10 @@ class Layout:
     scale: ScaleHome
     spellings: tuple[Spelling, ...]
     folder: str = ""
-    whole: tuple[str, ...] = ()
     bare: bool = False
     slots: tuple[str, ...] = ()
     passengers: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     written: bool = True
 
     @cached_property
@@ -100,11 +102,18 @@ class Layout:
         return None
 
     def spelling(
-        self, kind: str, role: str, param: str, component: str, *, of_norm: bool = False
+        self,
+        kind: str,
+        role: str,
+        param: str,
+        component: str,
+        *,
+        of_norm: bool = False,
+        wrapped: bool = False,
     ) -> Spelling | None:
         """How this layout writes a role, or None if it cannot."""
         for spelling in self._by_role.get((kind, role, param), ()):
-            if spelling.of_norm and not of_norm:
+            if (spelling.of_norm and not of_norm) or (spelling.wrapped and not wrapped):
                 continue
             if spelling.components and component not in spelling.components:
                 continue
@@ -126,7 +135,10 @@ class Layout:
         return tuple(kind for kind in KINDS if kind in written)
 
     def passenger(self, key: str) -> str | None:
-        """What `key` is if it is a known tensor that merely travels along."""
+        """What `key` is if it is a known tensor that is not one module's change."""
+        for kind, tensors in self.shared.items():
+            if key in tensors.values():
+                return f"what all modules of {KINDS[kind].title} share"
         return next((what for prefix, what in self.passengers.items() if key.startswith(prefix)), None)
 
 
@@ -154,6 +166,7 @@ def _spellings(kind: str, role: str, param: str, entry: object, where: str) -> I
             axis=table.get("axis", ""),
             conv=table.get("conv", ""),
             of_norm=table.get("of_norm", False),
+            wrapped=table.get("wrapped", False),
             components=tuple(table.get("components", ())),
             written=table.get("written", True),
         )
@@ -195,8 +208,6 @@ def parse_layout(name: str, document: Mapping[str, object], where: str) -> Layou
         spellings += _spellings("", role, "weight", entry, where)
     for kind, table in cast(dict[str, dict[str, object]], document.get("kinds", {})).items():
         spellings += _kind_spellings(kind, table, where)
-    whole = tuple(cast(list[str], document.get("whole", [])))
-    spellings += (Spelling("set", "value", f".{param}", param) for param in whole)
     return Layout(
         name=name,
         title=str(document["title"]),
@@ -206,10 +217,10 @@ def parse_layout(name: str, document: Mapping[str, object], where: str) -> Layou
         scale=cast(ScaleHome, scale),
         spellings=tuple(spellings),
         folder=str(document.get("folder", "")),
-        whole=whole,
         bare=bool(document.get("bare", False)),
         slots=tuple(cast(list[str], document.get("slots", []))),
         passengers=cast(dict[str, str], document.get("passengers", {})),
+        shared=cast(dict[str, dict[str, str]], document.get("shared", {})),
         written=bool(document.get("written", True)),
     )
 

@@ -32,8 +32,23 @@ class TunerConfig:
     def peft_type(self) -> str:
         return str(self.values.get("peft_type") or "LORA")
 
-    def flag(self, name: str) -> bool:
-        return bool(self.values.get(name))
+    def flag(self, name: str, default: bool = False) -> bool:
+        return bool(self.values.get(name, default))
+
+    def number(self, name: str, default: int) -> int:
+        """An integer field; `default` where it is absent or null."""
+        value = self.values.get(name)
+        return value if isinstance(value, int) else default
+
+    def token_indices(self, module: str) -> tuple[int, ...] | None:
+        """Which rows of the embedding `module` were trained, or None if the config does not say.
+
+        One list is for the model's input embedding, a table has one for every name's end.
+        """
+        given = self.values.get("trainable_token_indices") or self.values.get("token_indices")
+        if isinstance(given, dict):
+            given = next((v for name, v in given.items() if f".{module}".endswith(f".{name}")), None)
+        return tuple(int(cast(int, index)) for index in given) if isinstance(given, list) else None
 
     def alpha(self, module: str) -> float | None:
         """lora_alpha (alpha for LoHa and LoKr) of a module, or None if the config has none."""
