@@ -54,6 +54,11 @@ class Change:
         return None
 
     @property
+    def expanded_rank(self) -> int | None:
+        """The rank of `low_rank()`, told without computing it; None where there is no such form."""
+        return None
+
+    @property
     def needs_base(self) -> bool:
         """Whether the delta depends on the weight that is changed."""
         return KINDS[self.kind].needs_base
@@ -115,7 +120,7 @@ class Change:
         raise Unrepresentable(
             f"{self._title} is not a product of two small matrices",
             code="not-low-rank",
-            hint="keep it in its own format, or bake it into the base",
+            hint=self._way_out,
             details={"kind": self.kind},
         )
 
@@ -134,13 +139,19 @@ class Change:
     def _title(self) -> str:
         return KINDS[self.kind].title
 
+    @property
+    def _way_out(self) -> str:
+        """What to do where this kind cannot say something: the hint of its refusals."""
+        if self.expanded_rank is not None:
+            return "`--as lora` expands it exactly first"
+        return "keep the weight as it is in the file, or bake the change into the base"
+
     def _uncut(self, start: int, stop: int, why: str) -> Unrepresentable:
         """The refusal to take rows, with the option that helps where one does."""
-        expands = type(self).low_rank is not Change.low_rank
         return Unrepresentable(
             f"rows {start}:{stop} cannot be cut from {self._title}: {why}",
             code="cut",
-            hint="`--as lora` expands it exactly first" if expands else "keep the weight whole, or bake it",
+            hint=self._way_out,
             details={"kind": self.kind, "start": start, "stop": stop},
         )
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapterkit.deltas.change import Change
-from adapterkit.deltas.tensors import same
-from adapterkit.errors import Unrepresentable, UsageError
+from adapterkit.deltas.tensors import same, written
+from adapterkit.errors import Mismatch, UsageError
 from adapterkit.linalg.products import product_inner, product_norm
 
 
@@ -37,8 +37,10 @@ def relative_error(a: Change, b: Change, base_shape: tuple[int, ...] | None = No
 def cosine(a: Change, b: Change, base: Tensor | None = None) -> float:
     """The cosine of the angle between two deltas; 0 where one is zero.
 
-    Raises UsageError where a kind needs the base and it is not given.
+    Raises UsageError where a kind needs the base and it is not given, Mismatch where the shapes differ.
     """
+    if a.shape and b.shape and _size(a) != _size(b):
+        raise Mismatch(f"changes of {written(a.shape)} and {written(b.shape)} have no angle between them")
     left, right = _factored(a), _factored(b)
     if left is not None and right is not None:
         inner = product_inner(*left, *right)
@@ -76,13 +78,11 @@ def identical(a: Change, b: Change) -> bool:
 
 def _factored(change: Change) -> tuple[Tensor, Tensor] | None:
     """The delta as (o, r) and (r, i · k) in float64, scale included, where that is less work than dense."""
-    try:
-        small = change.low_rank()
-    except Unrepresentable:
+    rank, shape = change.expanded_rank, change.shape
+    if rank is None or not shape or 2 * rank > min(shape[0], math.prod(shape[1:])):
         return None
+    small = change.low_rank()
     up, down = small.matrices()
-    if 2 * up.shape[1] > min(up.shape[0], down.shape[1]):
-        return None
     return up.double() * small.scale, down.double()
 
 

@@ -54,6 +54,10 @@ class AdaLora(Change):
     def fold_roles(self) -> tuple[str, ...]:
         return ("up",)
 
+    @property
+    def expanded_rank(self) -> int:
+        return max(1, self.rank)
+
     def low_rank(self) -> LowRank:
         if self.rank == 0:
             return LowRank(self.up.new_zeros(self.shape[0], 1), self.down.new_zeros(1, self.shape[1]))
@@ -107,6 +111,10 @@ class Vera(Change):
     @property
     def rank(self) -> int:
         return self.d.numel()
+
+    @property
+    def expanded_rank(self) -> int:
+        return self.rank
 
     def low_rank(self) -> LowRank:
         if self.shared_a is None or self.shared_b is None:

@@ -59,11 +59,16 @@ class Hadamard(Change):
         return self.w1_b.shape[0]
 
     @property
+    def expanded_rank(self) -> int:
+        """r²: the product over every pair of ranks."""
+        ranks = [a.shape[1] if self.t1 is None else a.shape[0] for a in (self.w1_a, self.w2_a)]
+        return ranks[0] * ranks[1]
+
+    @property
     def fold_roles(self) -> tuple[str, ...]:
         return ("w1_a",)
 
     def low_rank(self) -> LowRank:
-        """Rank r²: the product over every pair of ranks."""
         up_1, down_1 = self._half(self.w1_a, self.w1_b, self.t1)
         up_2, down_2 = self._half(self.w2_a, self.w2_b, self.t2)
         up = torch.einsum("pm,pn->pmn", up_1, up_2).flatten(1)

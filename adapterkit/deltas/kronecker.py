@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,17 @@ class Kronecker(Change):
         return None if factor is None else factor.shape[0]
 
     @property
+    def expanded_rank(self) -> int:
+        """The product of the ranks that the two matrices can have at most."""
+        rows, columns = self.block, math.prod(self.shape[1:]) // self._across
+        first, second = [self.shape[0] // rows, self._across], [rows, columns]
+        if self.w1_b is not None:
+            first.append(self.w1_b.shape[0])
+        if self.w2_a is not None:
+            second.append(self.w2_a.shape[1] if self.t2 is None else self.w2_a.shape[0])
+        return min(first) * min(second)
+
+    @property
     def fold_roles(self) -> tuple[str, ...]:
         return ("w1",) if self.w1 is not None else ("w1_a",)
 
@@ -124,11 +136,17 @@ class Kronecker(Change):
     @property
     def _own_shape(self) -> tuple[int, ...]:
         first = self.w1 if self.w1 is not None else self.w1_a
-        across = self.w1 if self.w1 is not None else self.w1_b
         second = self.w2 if self.w2 is not None else self.w2_b
-        assert first is not None and across is not None and second is not None
+        assert first is not None and second is not None
         kernel = tuple(self.t2.shape[2:]) if self.t2 is not None else tuple(second.shape[2:])
-        return (first.shape[0] * self.block, across.shape[1] * second.shape[1], *kernel)
+        return (first.shape[0] * self.block, self._across * second.shape[1], *kernel)
+
+    @property
+    def _across(self) -> int:
+        """The columns of w1."""
+        factor = self.w1 if self.w1 is not None else self.w1_b
+        assert factor is not None
+        return factor.shape[1]
 
 
 def _kron(a: Tensor, b: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ class LowRank(Change):
         return self.down.shape[0]
 
     @property
+    def expanded_rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
     def fold_roles(self) -> tuple[str, ...]:
         return ("up",)
 

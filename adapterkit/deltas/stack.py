@@ -25,8 +25,6 @@ from adapterkit.errors import Mismatch, Unrepresentable, UsageError
 
 Kind = TypeVar("Kind", bound=Change)
 
-_EXPAND = "`--as lora` expands them exactly first"
-
 
 def stack(parts: Sequence[Change | None], heights: Sequence[int]) -> Change:
     """The parts on top of each other; None leaves the rows of its height unchanged.
@@ -48,7 +46,7 @@ def stack(parts: Sequence[Change | None], heights: Sequence[int]) -> Change:
         return there[0]
     if len({(type(part), part.kind) for part in there}) > 1:
         names = " and ".join(sorted({part._title for part in there}))
-        raise _refusal(names, "they are different kinds of change", hint=_EXPAND)
+        raise _refusal(names, "they are different kinds of change", there[0]._way_out)
     return _stack_kind(parts, heights, there[0])
 
 
@@ -74,7 +72,7 @@ def _stack_kind(parts: Sequence[Change | None], heights: Sequence[int], first: C
             return _stack_input_rotation(_of(InputRotation, parts), heights)
         case InputButterfly():
             return _stack_input_butterfly(_of(InputButterfly, parts), heights)
-    raise _refusal(first._title, "no larger change of the kind does the same")
+    raise _refusal(first._title, "no larger change of the kind does the same", first._way_out)
 
 
 def _stack_low_rank(parts: Sequence[LowRank | None], heights: Sequence[int]) -> LowRank:
@@ -95,7 +93,7 @@ def _stack_hadamard(parts: Sequence[Hadamard | None], heights: Sequence[int]) ->
     if len({part.shape[1:] for part in present(parts)}) > 1:
         raise Mismatch("LoHas of different inputs do not change one weight")
     if len({part.t1 is None for part in present(parts)}) > 1:
-        raise _refusal("LoHa", "only some of the parts have a core", hint=_EXPAND)
+        raise _refusal("LoHa", "only some of the parts have a core", present(parts)[0]._way_out)
     alike = with_one_scale(parts)
     owners, owned = _sharing(alike, _shares_inner_factors)
     first = owners[0]
@@ -135,9 +133,9 @@ def _stack_kronecker(parts: Sequence[Kronecker | None], heights: Sequence[int]) 
     name = first.fold_roles[0]
     others = [role for role in ("w1", "w1_b", "w2", "w2_a", "w2_b", "t2") if role != name]
     if not all(same(getattr(first, role), getattr(part, role)) for part in present(alike) for role in others):
-        raise _refusal("LoKr", "the parts do not share their second factor", hint=_EXPAND)
+        raise _refusal("LoKr", "the parts do not share their second factor", first._way_out)
     if any(height % first.block for height in heights):
-        raise _refusal("LoKr", f"a part is not made of blocks of {first.block} rows", hint=_EXPAND)
+        raise _refusal("LoKr", f"a part is not made of blocks of {first.block} rows", first._way_out)
     rows = [
         getattr(first, name).new_zeros(height // first.block, getattr(first, name).shape[1])
         if part is None

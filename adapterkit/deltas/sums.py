@@ -61,7 +61,7 @@ def transpose(change: Change) -> Change:
     raise Unrepresentable(
         f"{change._title} of shape {written(change.shape)} has no transposed form",
         code="transpose",
-        hint="`--as lora` expands it exactly first",
+        hint=change._way_out,
     )
 
 

@@ -58,9 +58,10 @@ def scaled(tensor: Tensor, factor: float, dtype: torch.dtype | None = None) -> t
         return tensor, True
     product = tensor.double() * factor
     rounded = product.to(target)
-    known = _significand_bits(tensor.dtype) + _factor_bits(factor) <= _significand_bits(torch.float64)
-    exact = torch.equal(rounded.double(), product) and (known or not bool(product.any()))
-    return rounded, exact and (factor != 0.0 or not bool(tensor.double().any()))
+    holds = _significand_bits(tensor.dtype) + _factor_bits(factor) <= _significand_bits(torch.float64)
+    zero = not bool(tensor.double().any())
+    exact = zero or (factor != 0.0 and holds and torch.equal(rounded.double(), product))
+    return rounded, exact
 
 
 def rescaled(tensor: Tensor, factor: float) -> Tensor:
@@ -90,12 +91,10 @@ def placed(blocks: Sequence[tuple[int, int, Tensor]], shape: Sequence[int]) -> T
 
 
 def nonzero_columns(matrix: Tensor) -> Tensor:
-    """A mask of the second axis: which columns hold anything but zeros."""
-    first = matrix[:1].flatten(1)
-    if matrix.ndim == 2 and bool(first.all()):
-        # The usual case, told from one row.
-        return torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-    return (matrix != 0).flatten(2).any(dim=2).any(dim=0) if matrix.ndim > 2 else (matrix != 0).any(dim=0)
+    """Which columns hold anything but zeros, of a matrix that may have trailing axes of one."""
+    first = matrix[:1].flatten(1).float() != 0
+    # The usual case is told from one row.
+    return first[0] if bool(first.all()) else (matrix.flatten(1).float() != 0).any(dim=0)
 
 
 def _is_wide_float(dtype: torch.dtype) -> bool:
@@ -113,5 +112,7 @@ def _significand_bits(dtype: torch.dtype) -> int:
 
 
 def _factor_bits(factor: float) -> int:
+    """How many bits a product with it has more; none for a power of two."""
     numerator = abs(factor.as_integer_ratio()[0])
-    return (numerator // (numerator & -numerator)).bit_length() if numerator else 0
+    odd = numerator // (numerator & -numerator) if numerator else 0
+    return odd.bit_length() if odd > 1 else 0
