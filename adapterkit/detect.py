@@ -7,21 +7,20 @@ names. Headers suffice; no tensor is read and torch is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from adapterkit.claims import Candidate, Claim, candidate, choose, claims_of, shape_of
 from adapterkit.errors import Ambiguous, Json, Unrecognized
 from adapterkit.specs.families import Family, Located, Place, families, family
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import Layout, Spelling, layouts
-from adapterkit.specs.wrappers import strip_adapter_name, wrappers
+from adapterkit.specs.wrappers import wrappers
 from adapterkit.stores import Store, TensorInfo
 
 # A table that knows this share of a file beats a family that takes any name as it is. Below it,
 # the file is another model's that happens to share names (HunyuanVideo has 93 % of FLUX.1's).
 _CLOSED_ENOUGH = 0.97
-_SAMPLE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +59,6 @@ class Incomplete:
 
     native: str
     keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One family's claim on a file, with what it rests on.
-
-    share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
-    number of dimensions, and whose sizes, are the base model's.  evidence: metadata agrees.
-    """
-
-    family: Family
-    layouts: tuple[str, ...]
-    share: float
-    dimensions: float
-    shapes: float
-    evidence: bool
-
-    @property
-    def rank(self) -> tuple[float, ...]:
-        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence)
 
 
 @dataclass(frozen=True)
@@ -140,178 +119,6 @@ class Explanation:
         return True
 
 
-@dataclass
-class _Keys:
-    """A file's keys as one layout splits them: per module name, what each tensor can be."""
-
-    layout: Layout
-    modules: dict[str, list[tuple[str, tuple[Spelling, ...]]]] = field(default_factory=dict)
-    bare: list[str] = field(default_factory=list)
-    adapter_names: set[str] = field(default_factory=set)
-
-    @cached_property
-    def stems(self) -> tuple[str, ...]:
-        return (*self.modules, *self.bare)
-
-
-def _split(keys: Iterable[tuple[str, str]], layout: Layout) -> _Keys:
-    """keys: (as in the file, without wrappers)."""
-    found = _Keys(layout)
-    slots = frozenset(layout.slots)
-    for key, plain in keys:
-        if any(slot in plain for slot in slots):
-            plain, name = strip_adapter_name(plain, slots)
-            if name:
-                found.adapter_names.add(name)
-        split = layout.split(plain)
-        if split is not None:
-            found.modules.setdefault(split[0], []).append((key, split[1]))
-        elif layout.bare:
-            found.bare.append(key)
-    return found
-
-
-@dataclass
-class _Claim:
-    """What one family makes of one layout's modules."""
-
-    keys: _Keys
-    located: dict[str, tuple[Located, ...]]
-
-    @cached_property
-    def claimed(self) -> set[str]:
-        found = {key for stem in self.located for key, _ in self.keys.modules.get(stem, ())}
-        return found | {stem for stem in self.keys.bare if stem in self.located}
-
-
-def _claim(family: Family, keys: _Keys) -> _Claim:
-    located = {}
-    for stem in keys.modules:
-        if rows := family.locate(keys.layout.name, keys.layout.dot, stem):
-            located[stem] = rows
-    for stem in keys.bare:
-        rows = family.locate(keys.layout.name, keys.layout.dot, stem)
-        if rows and rows[0].row.param is not None:
-            located[stem] = rows
-    return _Claim(keys, located)
-
-
-def _promising(family: Family, keys: _Keys) -> bool:
-    """Whether any of a spread sample of modules, or else any module at all, is known."""
-    stems = keys.stems
-    step = max(1, len(stems) // _SAMPLE)
-    sampled = stems[::step]
-    return any(family.locate(keys.layout.name, keys.layout.dot, stem) for stem in sampled)
-
-
-def _module_shape(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape of the weight that the tensors of a change fit, where the header alone tells."""
-    match kind:
-        case "lora" if "mid" not in shapes:
-            up, down = shapes["up"], shapes["down"]
-            return (up[0], *down[1:]) if up and down else None
-        case "lokr" if "w1" in shapes and "w2" in shapes:
-            one, two = shapes["w1"], shapes["w2"]
-            return (one[0] * two[0], one[1] * two[1], *two[2:])
-        case "glora" if "bm" not in shapes:
-            return (shapes["b1"][0], *shapes["b2"][1:])
-        case "diff":
-            return shapes["value"]
-        case _:
-            return None
-
-
-def _base_shape(family: Family, located: Located) -> tuple[int, ...] | None:
-    network = family.network(located.prefix.component)
-    if network is None:
-        return None
-    shapes = [network.weight_shape(piece.module) for piece in located.row.span]
-    if any(shape is None for shape in shapes):
-        return None
-    rows = sum(
-        int(shape[0] * (piece.stop - piece.start))
-        for shape, piece in zip(shapes, located.row.span, strict=True)
-        if shape
-    )
-    first = shapes[0]
-    return (rows, *first[1:]) if first else None
-
-
-def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[bool, bool] | None:
-    """Whether the number of dimensions, and the sizes, are those of the base weight."""
-    base = _base_shape(family, located)
-    if base is None:
-        return None
-    return len(shape) == len(base), shape == base
-
-
-def _shape_of(
-    spelled: Sequence[tuple[str, tuple[Spelling, ...]]], tensors: Mapping[str, TensorInfo]
-) -> tuple[int, ...] | None:
-    for kind in ("lora", "lokr", "glora", "diff"):
-        shapes = {
-            s.role: tensors[key].shape
-            for key, options in spelled
-            for s in options
-            if s.kind == kind and s.param == "weight"
-        }
-        if any(required <= shapes.keys() for required in KINDS[kind].required):
-            return _module_shape(kind, shapes)
-    return None
-
-
-def _choose(family: Family, rows: tuple[Located, ...], shape: tuple[int, ...] | None) -> Located:
-    """The row meant by a name that several components know: the one whose base weight fits."""
-    if len(rows) > 1 and shape is not None:
-        for located in rows:
-            if _fits(family, located, shape) == (True, True):
-                return located
-    return rows[0]
-
-
-def _candidate(
-    family: Family, splits: Sequence[_Keys], store: Store
-) -> tuple[Candidate, list[_Claim]] | None:
-    """The family's best explanation: the layout that claims most, then others for what is left."""
-    claims = [
-        _claim(family, keys)
-        for keys in splits
-        if keys.layout.name in family.spelling and _promising(family, keys)
-    ]
-    chosen: list[_Claim] = []
-    explained: set[str] = set()
-    while claims:
-        best = max(claims, key=lambda claim: len(claim.claimed - explained))
-        if not best.claimed - explained:
-            break
-        chosen.append(best)
-        explained |= best.claimed
-        claims.remove(best)
-    if not chosen:
-        return None
-    carried = {key for key in store.tensors for claim in chosen if claim.keys.layout.passenger(key)}
-    checked = [
-        fit
-        for claim in chosen
-        for stem, rows in claim.located.items()
-        if (shape := _shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
-        and (fit := _fits(family, _choose(family, rows, shape), shape)) is not None
-    ]
-    candidate = Candidate(
-        family=family,
-        layouts=tuple(claim.keys.layout.name for claim in chosen),
-        share=len(explained | carried) / len(store.tensors),
-        dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
-        shapes=sum(same for _, same in checked) / len(checked) if checked else 0.0,
-        evidence=_evidence(family, store.metadata),
-    )
-    return candidate, chosen
-
-
-def _evidence(family: Family, metadata: Mapping[str, str]) -> bool:
-    return any(metadata.get(key, "").startswith(beginnings) for key, beginnings in family.evidence.items())
-
-
 def explain(store: Store, *, family_name: str | None = None) -> Explanation:
     """Explain a file from its header.
 
@@ -320,13 +127,13 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
     """
     strip = wrappers().strip
     plain = [(key, strip(key)) for key in store.tensors]
-    splits = [_split(plain, layout) for layout in layouts().values()]
     considered = family(family_name) if family_name else families()
-    found = [c for f in considered if (c := _candidate(f, splits, store)) is not None]
-    if not found:
+    ranked = _ranked(considered, plain, store, sample=True)
+    if not ranked or ranked[0][0].share < 1:
+        # An odd file: a few keys of another layout may have slipped through the sample.
+        ranked = _ranked(considered, plain, store, sample=False)
+    if not ranked:
         raise _unrecognized(store)
-    ranked = sorted(found, key=lambda c: c[0].rank, reverse=True)
-    ranked = _prefer_tables(ranked)
     best, claims = ranked[0]
     others = [c for c, _ in ranked[1:] if c.rank == best.rank]
     result = _explanation(best.family, claims, store)
@@ -341,7 +148,16 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
     )
 
 
-def _prefer_tables(ranked: list[tuple[Candidate, list[_Claim]]]) -> list[tuple[Candidate, list[_Claim]]]:
+def _ranked(
+    considered: Sequence[Family], keys: Sequence[tuple[str, str]], store: Store, *, sample: bool
+) -> list[tuple[Candidate, list[Claim]]]:
+    """The candidates, best first."""
+    claims = claims_of(considered, keys, sample=sample)
+    found = [c for f in considered if (c := candidate(f, claims.get(f, []), store)) is not None]
+    return _prefer_tables(sorted(found, key=lambda c: c[0].rank, reverse=True))
+
+
+def _prefer_tables(ranked: list[tuple[Candidate, list[Claim]]]) -> list[tuple[Candidate, list[Claim]]]:
     """Put families with tables before open ones, if a table knows nearly all of the file."""
     closed = [c for c in ranked if not c[0].family.open]
     opened = [c for c in ranked if c[0].family.open]
@@ -364,7 +180,7 @@ def _unrecognized(store: Store) -> Unrecognized:
     )
 
 
-def _explanation(family: Family, claims: Sequence[_Claim], store: Store) -> Explanation:
+def _explanation(family: Family, claims: Sequence[Claim], store: Store) -> Explanation:
     entries: list[Entry] = []
     incomplete: list[Incomplete] = []
     passengers: dict[str, str] = {}
@@ -380,7 +196,7 @@ def _explanation(family: Family, claims: Sequence[_Claim], store: Store) -> Expl
                 entries.append(_bare(rows[0], claim.keys.layout, stem))
                 taken.add(stem)
             if spelled:
-                located = _choose(family, rows, _shape_of(spelled, store.tensors))
+                located = choose(family, rows, shape_of(spelled, store.tensors))
                 made, left = _entries(located, claim.keys.layout, stem, spelled, store.tensors)
                 entries += made
                 if left:

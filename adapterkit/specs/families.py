@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from adapterkit.errors import SpecError, UsageError
 from adapterkit.specs.layouts import ScaleHome, layouts
-from adapterkit.specs.names import Network, Piece, Row, Span, network
+from adapterkit.specs.names import Network, Piece, Row, Span, heads, network
 from adapterkit.specs.paths import formats_dir
 
 ANY = "*"
@@ -84,7 +84,7 @@ class Target:
     scale: ScaleHome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One base model (in one size).
 
@@ -141,11 +141,16 @@ class Family:
         for prefix in self._longest_first.get(layout, ()):
             if found and len(prefix.text) < len(found[0].prefix.text):
                 break
-            if stem.startswith(prefix.text):
+            if stem.startswith(prefix.text) and self._may_know(prefix, stem):
                 row = self.names(prefix.component, prefix.naming).find(stem[len(prefix.text) :], dot)
                 if row is not None:
                     found.append(Located(prefix, row))
         return tuple(found)
+
+    def _may_know(self, prefix: Prefix, stem: str) -> bool:
+        """Whether a name begins as one of the network's: told without writing its table out."""
+        name = self.components[prefix.component]
+        return name == ANY or stem.startswith(heads(name), len(prefix.text))
 
     def target_names(self) -> tuple[str, ...]:
         """What `--to` accepts for this family."""

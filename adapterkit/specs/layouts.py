@@ -139,7 +139,13 @@ class Layout:
         for kind, tensors in self.shared.items():
             if key in tensors.values():
                 return f"what all modules of {KINDS[kind].title} share"
-        return next((what for prefix, what in self.passengers.items() if key.startswith(prefix)), None)
+        if not key.startswith(self._passenger_prefixes):
+            return None
+        return next(what for prefix, what in self.passengers.items() if key.startswith(prefix))
+
+    @cached_property
+    def _passenger_prefixes(self) -> tuple[str, ...]:
+        return tuple(self.passengers)
 
 
 def _suffix(key: str) -> str:

@@ -9,11 +9,13 @@ plain rows and proves that they form a partition. Both directions are look-ups.
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from adapterkit.errors import SpecError
 from adapterkit.specs.expansion import expand_network, names_in
@@ -33,6 +35,11 @@ def network(name: str) -> Network:
 
     Raises SpecError if there is none, or if its file is wrong.
     """
+    path = _file(name)
+    return expand_network(path, _document(path), name)
+
+
+def _file(name: str) -> Path:
     path = _files().get(name)
     if path is None:
         near = get_close_matches(name, _files(), n=1)
@@ -41,12 +48,39 @@ def network(name: str) -> Network:
             code="no-network",
             hint=f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(_files())}",
         )
-    return expand_network(path, _document(path), name)
+    return path
 
 
 def parse_network(path: Path, document: Mapping[str, object]) -> list[Network]:
     """Every network of one file (one per size) from its parsed TOML. Raises SpecError."""
     return [expand_network(path, document, name) for name in names_in(path, document)]
+
+
+@cache
+def heads(name: str) -> tuple[str, ...]:
+    """What the names of a network can begin with, in any naming: enough to rule it out at once.
+
+    Read off the patterns as they stand, which is much quicker than writing them out.
+    """
+    document = _document(_file(name))
+    written: set[str] = set()
+    for value in document.values():
+        if isinstance(value, list):
+            for block in value:
+                written |= {re.split(r"[.{]", text)[0] for text in _beginnings(block)}
+    return tuple(written)
+
+
+def _beginnings(block: Mapping[str, object]) -> Iterator[str]:
+    """The texts that a block's native names begin with: its prefixes, else the names themselves."""
+    if "numbered" in block:
+        yield ""
+    at = block.get("at")
+    if at is not None:
+        yield from [at] if isinstance(at, str) else cast(Iterable[str], at)
+        return
+    for key in ("names", "modules", "tensors", "same"):
+        yield from cast(Iterable[str], block.get(key, ()))
 
 
 @cache

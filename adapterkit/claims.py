@@ -1,0 +1,222 @@
+"""Which family knows which of a file's keys, in which layouts.
+
+Every family is asked about every key, by look-up; a claim is what one family makes of a file as
+one layout splits it. Headers suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from adapterkit.specs.families import Family, Located
+from adapterkit.specs.kinds import KINDS
+from adapterkit.specs.layouts import Layout, Spelling, layouts
+from adapterkit.specs.wrappers import strip_adapter_name
+from adapterkit.stores import Store, TensorInfo
+
+_SAMPLE = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One family's claim on a file, with what it rests on.
+
+    share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
+    number of dimensions, and whose sizes, are the base model's.  evidence: metadata agrees.
+    """
+
+    family: Family
+    layouts: tuple[str, ...]
+    share: float
+    dimensions: float
+    shapes: float
+    evidence: bool
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence)
+
+
+@dataclass
+class Keys:
+    """A file's keys as one layout splits them: per module name, what each tensor can be."""
+
+    layout: Layout
+    modules: dict[str, list[tuple[str, tuple[Spelling, ...]]]] = field(default_factory=dict)
+    bare: list[str] = field(default_factory=list)
+    adapter_names: set[str] = field(default_factory=set)
+
+    @cached_property
+    def stems(self) -> tuple[str, ...]:
+        return (*self.modules, *self.bare)
+
+
+def split(keys: Iterable[tuple[str, str]], layout: Layout) -> Keys:
+    """Split every key at its suffix; `keys` are pairs (as in the file, without wrappers)."""
+    found = Keys(layout)
+    slots = frozenset(layout.slots)
+    for key, plain in keys:
+        if slots and any(slot in plain for slot in slots):
+            plain, name = strip_adapter_name(plain, slots)
+            if name:
+                found.adapter_names.add(name)
+        parted = layout.split(plain)
+        if parted is not None:
+            found.modules.setdefault(parted[0], []).append((key, parted[1]))
+        elif layout.bare:
+            found.bare.append(key)
+    return found
+
+
+@dataclass
+class Claim:
+    """What one family makes of one layout's modules."""
+
+    keys: Keys
+    located: dict[str, tuple[Located, ...]]
+
+    @cached_property
+    def claimed(self) -> set[str]:
+        found = {key for stem in self.located for key, _ in self.keys.modules.get(stem, ())}
+        return found | {stem for stem in self.keys.bare if stem in self.located}
+
+
+def _claim(family: Family, keys: Keys) -> Claim:
+    located = {}
+    for stem in keys.modules:
+        if rows := family.locate(keys.layout.name, keys.layout.dot, stem):
+            located[stem] = rows
+    for stem in keys.bare:
+        rows = family.locate(keys.layout.name, keys.layout.dot, stem)
+        if rows and rows[0].row.param is not None:
+            located[stem] = rows
+    return Claim(keys, located)
+
+
+def _module_shape(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of the weight that the tensors of a change fit, where the header alone tells."""
+    match kind:
+        case "lora" if "mid" not in shapes:
+            up, down = shapes["up"], shapes["down"]
+            return (up[0], *down[1:]) if up and down else None
+        case "lokr" if "w1" in shapes and "w2" in shapes:
+            one, two = shapes["w1"], shapes["w2"]
+            return (one[0] * two[0], one[1] * two[1], *two[2:])
+        case "glora" if "bm" not in shapes:
+            return (shapes["b1"][0], *shapes["b2"][1:])
+        case "diff":
+            return shapes["value"]
+        case _:
+            return None
+
+
+def _base_shape(family: Family, located: Located) -> tuple[int, ...] | None:
+    network = family.network(located.prefix.component)
+    if network is None:
+        return None
+    shapes = [network.weight_shape(piece.module) for piece in located.row.span]
+    if any(shape is None for shape in shapes):
+        return None
+    rows = sum(
+        int(shape[0] * (piece.stop - piece.start))
+        for shape, piece in zip(shapes, located.row.span, strict=True)
+        if shape
+    )
+    first = shapes[0]
+    return (rows, *first[1:]) if first else None
+
+
+def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[bool, bool] | None:
+    """Whether the number of dimensions, and the sizes, are those of the base weight."""
+    base = _base_shape(family, located)
+    if base is None:
+        return None
+    return len(shape) == len(base), shape == base
+
+
+def shape_of(
+    spelled: Sequence[tuple[str, tuple[Spelling, ...]]], tensors: Mapping[str, TensorInfo]
+) -> tuple[int, ...] | None:
+    for kind in ("lora", "lokr", "glora", "diff"):
+        shapes = {
+            s.role: tensors[key].shape
+            for key, options in spelled
+            for s in options
+            if s.kind == kind and s.param == "weight"
+        }
+        if any(required <= shapes.keys() for required in KINDS[kind].required):
+            return _module_shape(kind, shapes)
+    return None
+
+
+def choose(family: Family, rows: tuple[Located, ...], shape: tuple[int, ...] | None) -> Located:
+    """The row meant by a name that several components know: the one whose base weight fits."""
+    if len(rows) > 1 and shape is not None:
+        for located in rows:
+            if _fits(family, located, shape) == (True, True):
+                return located
+    return rows[0]
+
+
+def claims_of(
+    considered: Sequence[Family], keys: Sequence[tuple[str, str]], *, sample: bool
+) -> dict[Family, list[Claim]]:
+    """What each family claims of the keys, layout by layout.
+
+    sample: leave out a layout for a family that knows none of a few keys spread over the file.
+    """
+    found: dict[Family, list[Claim]] = {}
+    probe = keys[:: max(1, len(keys) // _SAMPLE)]
+    for layout in layouts().values():
+        hopeful = [family for family in considered if layout.name in family.spelling]
+        if sample:
+            few = split(probe, layout)
+            hopeful = [family for family in hopeful if _knows_any(family, few)]
+        if hopeful:
+            every = split(keys, layout)
+            for family in hopeful:
+                found.setdefault(family, []).append(_claim(family, every))
+    return found
+
+
+def _knows_any(family: Family, keys: Keys) -> bool:
+    return any(family.locate(keys.layout.name, keys.layout.dot, stem) for stem in keys.stems)
+
+
+def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candidate, list[Claim]] | None:
+    """The family's best explanation: the layout that claims most, then others for what is left."""
+    chosen: list[Claim] = []
+    explained: set[str] = set()
+    left = list(claims)
+    while left:
+        best = max(left, key=lambda claim: len(claim.claimed - explained))
+        if not best.claimed - explained:
+            break
+        chosen.append(best)
+        explained |= best.claimed
+        left.remove(best)
+    if not chosen:
+        return None
+    carried = {key for claim in chosen for key in store.tensors if claim.keys.layout.passenger(key)}
+    checked = [
+        fit
+        for claim in chosen
+        for stem, rows in claim.located.items()
+        if (shape := shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
+        and (fit := _fits(family, choose(family, rows, shape), shape)) is not None
+    ]
+    found = Candidate(
+        family=family,
+        layouts=tuple(claim.keys.layout.name for claim in chosen),
+        share=len(explained | carried) / len(store.tensors),
+        dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
+        shapes=sum(same for _, same in checked) / len(checked) if checked else 0.0,
+        evidence=_evidence(family, store.metadata),
+    )
+    return found, chosen
+
+
+def _evidence(family: Family, metadata: Mapping[str, str]) -> bool:
+    return any(metadata.get(key, "").startswith(beginnings) for key, beginnings in family.evidence.items())
