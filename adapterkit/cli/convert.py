@@ -1,0 +1,168 @@
+"""adapterkit convert"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit.cli.batch import each, progress, worst
+from adapterkit.cli.inputs import adapters, results
+from adapterkit.cli.options import FORMATS, LOSSES, as_json, family_option, manners
+from adapterkit.cli.output import Output
+from adapterkit.errors import AdapterkitError, Json, UsageError
+from adapterkit.specs.consents import CONSENTS
+
+if TYPE_CHECKING:
+    from adapterkit.operations.convert import Conversion, ConvertOptions, Verify
+    from adapterkit.scale import ScaleFrom
+
+Outcomes = Sequence[tuple[str, "Conversion | AdapterkitError"]]
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, metavar="IN...")
+@click.option(
+    "--to",
+    required=True,
+    callback=FORMATS.optional,
+    shell_complete=FORMATS.complete,
+    metavar="FORMAT",
+    help="`adapterkit formats` lists them.",
+)
+@click.option("-o", "--output", "place", metavar="OUT", help="A file, or a folder (see above).")
+@click.option("--plan", is_flag=True, help="Show the mapping, scale, sizes and losses; write nothing.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the factors; default: as they are."
+)
+@click.option(
+    "--as", "kind", type=click.Choice(["lora"]), help="Expand LoHa, LoKr and others exactly to LoRA."
+)
+@click.option("--fold", is_flag=True, help="Put the scale into the factors; every reader then sees it.")
+@family_option
+@click.option(
+    "--allow",
+    multiple=True,
+    callback=LOSSES.several,
+    shell_complete=LOSSES.complete,
+    metavar="NAME",
+    help=f"Consent to a loss: {', '.join(CONSENTS)}.",
+)
+@click.option(
+    "--scale-from", type=click.Choice(["alpha", "config"]), help="Which holds where the two differ."
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["none", "sample", "full"]),
+    default="sample",
+    help="Modules to read back and compare.",
+)
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@as_json
+@manners
+@click.pass_obj
+def convert(
+    output: Output,
+    sources: tuple[str, ...],
+    to: str,
+    place: str | None,
+    plan: bool,
+    dtype: str | None,
+    kind: str | None,
+    fold: bool,
+    family: str | None,
+    allow: frozenset[str],
+    scale_from: ScaleFrom | None,
+    verify: Verify,
+    force: bool,
+) -> int:
+    """Write adapters in another FORMAT, and prove that they are still the same change.
+
+    IN is a file, a PEFT folder, or a folder of adapters: all tensor files and PEFT folders that lie
+    directly in it. OUT is the file to write (for peft the folder). With several adapters, or if it
+    is a folder or ends in a slash, OUT is a folder that is made if it is missing, and the results
+    are called NAME.FORMAT.safetensors (for peft NAME) after their inputs.
+
+    Nothing is lost without consent: what the format cannot say is refused until --allow names it.
+    Every output is read back and compared before it takes its name.
+    """
+    from adapterkit.operations.convert import ConvertOptions
+
+    options = ConvertOptions(dtype, kind == "lora", fold, family, scale_from, allow, verify, force)
+    found = list(dict.fromkeys(path for source in sources for path in adapters(source)))
+    if plan:
+        return _plan(output, found, to, options)
+    if place is None:
+        raise UsageError(
+            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
+        )
+    places = results(found, place, to)
+    if len(found) > 1 or place.endswith(("/", "\\")):
+        Path(place).mkdir(parents=True, exist_ok=True)
+    return _convert(output, places, to, options)
+
+
+def _plan(output: Output, sources: Sequence[str], to: str, options: ConvertOptions) -> int:
+    from adapterkit.operations.convert import plan_conversion
+    from adapterkit.reports.conversion import plan_json, plan_report
+
+    outcomes = []
+    documents: list[Json] = []
+    for source, outcome in each(sources, lambda source: plan_conversion(source, to, options)):
+        outcomes.append(outcome)
+        if isinstance(outcome, AdapterkitError):
+            documents.append({"source": source, **outcome.as_json()})
+            if not output.json:
+                output.complain(outcome)
+        elif output.json:
+            documents.append(plan_json(source, outcome))
+        else:
+            output.show(plan_report(source, outcome))
+    if output.json:
+        output.document("plan", {"plans": documents})
+    return worst(outcomes)
+
+
+def _convert(output: Output, places: Mapping[str, Path], to: str, options: ConvertOptions) -> int:
+    from adapterkit.operations.convert import convert as convert_one
+
+    sources = list(places)
+    with progress(output, sources) as turn:
+
+        def work(source: str) -> Conversion:
+            turn(source)
+            return convert_one(source, to, places[source], options)
+
+        outcomes = list(each(sources, work))
+    if output.json:
+        output.document("convert", {"results": _documents(outcomes)})
+    else:
+        _show(output, outcomes)
+    return worst(outcome for _, outcome in outcomes)
+
+
+def _documents(outcomes: Outcomes) -> list[Json]:
+    from adapterkit.reports.conversion import conversion_json
+
+    return [
+        {"source": source, **outcome.as_json()}
+        if isinstance(outcome, AdapterkitError)
+        else conversion_json(source, outcome)
+        for source, outcome in outcomes
+    ]
+
+
+def _show(output: Output, outcomes: Outcomes) -> None:
+    from adapterkit.reports.conversion import conversion_line, conversion_report, outcomes_report
+
+    for source, outcome in outcomes:
+        if isinstance(outcome, AdapterkitError):
+            output.complain(outcome)
+        elif output.quiet:
+            output.show(conversion_line(outcome))
+        elif len(outcomes) == 1 or output.verbose:
+            output.show(conversion_report(source, outcome))
+    if len(outcomes) > 1 and not output.quiet:
+        output.show(outcomes_report(outcomes))

@@ -1,0 +1,84 @@
+"""What the arguments of `convert` stand for: each adapter to read, and where its result goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapterkit.errors import StoreError, UsageError
+from adapterkit.stores.folders import ADAPTER_FILES, CONFIG
+from adapterkit.stores.guards import shown
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_INDEX = ".index.json"
+
+
+def adapters(source: str) -> list[str]:
+    """The adapters behind one argument: itself, or all that lie in a folder that is none itself."""
+    from adapterkit.operations.sources import store_of
+
+    if not Path(source).is_dir():
+        return [source]
+    try:
+        store_of(source).close()
+    except StoreError as error:
+        inside = [str(path) for path in sorted(Path(source).iterdir()) if _is_adapter(path)]
+        if error.code in {"several", "no-file"} and inside:
+            return inside
+    return [source]
+
+
+def _is_adapter(path: Path) -> bool:
+    """A tensor file, or the folder of a PEFT adapter."""
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return any((path / name).is_file() for name in (CONFIG, *ADAPTER_FILES))
+    return path.suffix.lower() in _SUFFIXES
+
+
+def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
+    """Where the result of each source goes.
+
+    One source is written to `output` itself. Several, or one with an `output` that is a folder or
+    ends in a slash, get names of their own in it. UsageError if two would get the same.
+    """
+    folder = _writes_folders(to)
+    existing = Path(output).is_dir() and not folder
+    if len(sources) == 1 and not existing and not output.endswith(("/", "\\")):
+        return {sources[0]: Path(output)}
+    if Path(output).exists() and not Path(output).is_dir():
+        raise UsageError(
+            f"`{shown(output)}` is a file, and {len(sources)} results need a folder",
+            hint="name a folder with -o; it is made if it is missing",
+        )
+    suffix = "" if folder else f".{to}.safetensors"
+    places = {source: Path(output) / f"{stem(source)}{suffix}" for source in sources}
+    _require_distinct(places)
+    return places
+
+
+def stem(source: str) -> str:
+    """The name of an adapter without what says its format: `style` of `style.safetensors`."""
+    name = Path(source).resolve().name
+    for suffix in (_INDEX, *_SUFFIXES):
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
+    return name
+
+
+def _require_distinct(places: dict[str, Path]) -> None:
+    owners: dict[Path, str] = {}
+    for source, place in places.items():
+        if (other := owners.setdefault(place, source)) is not source:
+            raise UsageError(
+                f"`{shown(other)}` and `{shown(source)}` would both be written to `{shown(place)}`",
+                hint="convert them one at a time, each with a name of its own",
+            )
+
+
+def _writes_folders(to: str) -> bool:
+    from adapterkit.operations.catalogue import formats
+    from adapterkit.specs.layouts import layouts
+
+    return any(bool(layouts()[known.layout].folder) for known in formats() if known.name == to)

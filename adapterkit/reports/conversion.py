@@ -1,0 +1,238 @@
+"""What `convert` will do, and the receipt for what it did."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from adapterkit.errors import AdapterkitError, Json
+from adapterkit.operations.convert import Conversion
+from adapterkit.operations.inspect import ScaleCount
+from adapterkit.plan import Plan
+from adapterkit.reports.inspection import scale_words
+from adapterkit.reports.moves import RENAMED, Move, moves
+from adapterkit.reports.words import Fact, counted, error_words, facts, heading, listed, size
+from adapterkit.specs.layouts import layouts
+from adapterkit.specs.tuner_config import METADATA_KEY
+from adapterkit.stores.guards import shown
+
+Outcome = Conversion | AdapterkitError
+
+
+def plan_report(source: str, plan: Plan) -> RenderableType:
+    """The mapping by pattern, the scale, the sizes and the losses; nothing has been written."""
+    rows: list[Fact] = [
+        ("from", _source(plan)),
+        ("to", f"{_target(plan)}, {size(_output_size(plan))} of tensors"),
+        *_scale_facts(plan),
+        ("tensors", _receipt(plan)),
+        *_loss_facts(plan),
+    ]
+    return Group(heading(source, "(a plan; nothing is written)"), facts(rows), *_moves(plan))
+
+
+def _moves(plan: Plan) -> Iterator[RenderableType]:
+    """The mapping, what happens to rows under a heading; plain renaming, which is most of it, last."""
+    by_how: dict[str, list[Move]] = {}
+    for move in sorted(moves(plan), key=lambda move: move.how == RENAMED):
+        by_how.setdefault(move.how, []).append(move)
+    for how, alike in by_how.items():
+        total = sum(move.count * len(move.sources) for move in alike)
+        yield Padding(Text(f"{how} ({counted(total, 'module')})", style="cyan"), (1, 0, 0, 2))
+        rows = [(str(move.count), _names(move)) for move in alike]
+        yield Padding(listed(rows, ("", ""), numbers=1), (0, 0, 0, 2))
+
+
+def _names(move: Move) -> Text:
+    text = Text("\n".join(move.sources))
+    for target in move.targets:
+        text.append("\n→ ", style="dim").append(target)
+    return text
+
+
+def conversion_report(source: str, done: Conversion) -> RenderableType:
+    """The receipt of one conversion."""
+    plan = done.plan
+    rows: list[Fact] = [
+        ("from", _source(plan)),
+        ("to", f"{_target(plan)}, {_written_size(done)}"),
+        ("tensors", f"{_receipt(plan)}; {_tensor_count(plan)} out"),
+        *_scale_facts(plan),
+        *_loss_facts(plan),
+        ("verified", _verified(done)),
+        *_file_facts(done),
+    ]
+    return Group(heading(source), facts(rows), *_note(plan))
+
+
+def _source(plan: Plan) -> str:
+    spelled = " and ".join(layouts()[name].title for name in plan.adapter.layouts)
+    modules = counted(len(plan.adapter), "module")
+    return f"{spelled} for {plan.adapter.family.label}: {modules}, {_input_size(plan)}"
+
+
+def _target(plan: Plan) -> str:
+    return f"{plan.target.name}: {counted(_module_count(plan), 'module')}"
+
+
+def _module_count(plan: Plan) -> int:
+    return len({(module.component, module.native) for module in plan.modules})
+
+
+def _tensor_count(plan: Plan) -> int:
+    return len(plan.header())
+
+
+def _input_size(plan: Plan) -> str:
+    store = plan.adapter.store
+    return size(store.size) if store is not None else "in memory"
+
+
+def _output_size(plan: Plan) -> int:
+    return sum(info.nbytes for info in plan.header())
+
+
+def _written_size(done: Conversion) -> str:
+    return size(sum(written.size for written in done.written))
+
+
+def _receipt(plan: Plan) -> str:
+    """The sum that must come out even."""
+    receipt = plan.receipt
+    parts = f"{receipt.mapped} mapped + {receipt.carried} carried + {len(receipt.dropped)} dropped"
+    return f"{receipt.total} in = {parts}"
+
+
+def _scales(plan: Plan) -> list[ScaleCount]:
+    counts = Counter((scale.value, scale.source) for scale in plan.adapter.scales.values())
+    return [ScaleCount(value, source, count) for (value, source), count in counts.most_common()]
+
+
+def _scale_facts(plan: Plan) -> Iterator[Fact]:
+    """Where the scale came from and where it goes."""
+    if not (scales := _scales(plan)):
+        return
+    if _folds(plan):
+        home = "put into the factors"
+        if plan.rounded:
+            home += f", rounding {len(plan.rounded)} of {counted(len(plan.modules), 'module')}"
+    else:
+        home = "kept beside each module" if plan.target.scale == "alpha" else f"kept in {plan.target.scale}"
+    yield "scale", f"{scale_words(scales)} → {home}"
+
+
+def _folds(plan: Plan) -> bool:
+    return plan.options.fold or plan.target.scale == "none"
+
+
+def _loss_facts(plan: Plan) -> Iterator[Fact]:
+    """What was left out, and why that is no loss or who consented to it."""
+    if plan.idle:
+        yield "left out", f"{counted(len(plan.idle), 'module')} that would change nothing: exactly zero"
+    for reason, count in Counter(plan.receipt.dropped.values()).items():
+        yield "lost", Text(f"{counted(count, 'tensor')}: {reason}", style="yellow")
+    if plan.lost:
+        names = [plan.adapter.natives[place] for place in plan.lost]
+        text = ", ".join(shown(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        yield "", Text(text, style="yellow")
+
+
+def _verified(done: Conversion) -> str:
+    found = done.verification
+    if found is None:
+        return "no (--verify none)"
+    modules = f"{found.compared} of {counted(found.modules, 'module')}"
+    return f"{modules} read back, greatest relative error {error_words(found.error)}"
+
+
+def _file_facts(done: Conversion) -> Iterator[Fact]:
+    """Every file, those with tensors with their hash."""
+    hashes = iter(done.written)
+    for path in done.files:
+        yield "written", shown(path)
+        if path.suffix != ".json":
+            yield "sha256", next(hashes).sha256
+
+
+def _note(plan: Plan) -> Iterator[RenderableType]:
+    """Readers that pass over the place where the scale is kept see another strength."""
+    plain = all(scale.value == 1 for scale in plan.adapter.scales.values())
+    if plan.target.scale != METADATA_KEY or _folds(plan) or plain:
+        return
+    text = Text("note: ", style="yellow")
+    text.append(
+        f"readers that ignore {plan.target.scale} see another strength; --fold puts the scale into the factors",
+        style="default",
+    )
+    yield Padding(text, (0, 0, 0, 2))
+
+
+def result_of(done: Conversion) -> Path:
+    """The one file, or the folder of several."""
+    return done.files[0] if len(done.files) == 1 else Path(os.path.commonpath(done.files))
+
+
+def conversion_line(done: Conversion) -> Text:
+    """Where the result is, and nothing else."""
+    return Text(shown(result_of(done)))
+
+
+def outcomes_report(outcomes: Sequence[tuple[str, Outcome]]) -> RenderableType:
+    """A line for each of many inputs, and how many went well."""
+    done = [outcome for _, outcome in outcomes if isinstance(outcome, Conversion)]
+    notes = [note for one in done for note in _note(one.plan)][:1]
+    total = Text(f"{len(done)} of {counted(len(outcomes), 'adapter')} converted", style="bold")
+    return Group(facts(_outcome(source, outcome) for source, outcome in outcomes), total, *notes)
+
+
+def _outcome(source: str, outcome: Outcome) -> Fact:
+    if isinstance(outcome, AdapterkitError):
+        return "failed", Text(f"{shown(source)} ({outcome.code})", style="red")
+    worst = outcome.verification
+    details = [
+        size(sum(written.size for written in outcome.written)),
+        f"error {error_words(worst.error)}" if worst else "not verified",
+    ]
+    if dropped := outcome.receipt.dropped:
+        details.append(f"{counted(len(dropped), 'tensor')} dropped")
+    return "done", f"{shown(source)} → {shown(result_of(outcome))} ({', '.join(details)})"
+
+
+def plan_json(source: str, plan: Plan) -> dict[str, Json]:
+    """A plan's facts, every module by name."""
+    content = {
+        "source": source,
+        "from": list(plan.adapter.layouts),
+        "family": plan.adapter.family.name,
+        "to": plan.target.name,
+        "modules": {"in": len(plan.adapter), "out": _module_count(plan)},
+        "tensors": {**asdict(plan.receipt), "out": _tensor_count(plan)},
+        "scales": [asdict(scale) for scale in _scales(plan)],
+        "scale_home": "factors" if _folds(plan) else plan.target.scale,
+        "rounded": list(plan.rounded),
+        "idle": list(plan.idle),
+        "lost": {plan.adapter.natives[place]: reason for place, reason in plan.lost.items()},
+        "moves": [asdict(move) for move in moves(plan)],
+        "bytes": {"in": plan.adapter.store.size if plan.adapter.store else None, "out": _output_size(plan)},
+    }
+    return cast(dict[str, Json], content)
+
+
+def conversion_json(source: str, done: Conversion) -> dict[str, Json]:
+    """The plan's facts and the receipt."""
+    found = done.verification
+    verification = {**asdict(found), "error": found.error} if found else None
+    written = {
+        "files": [str(path) for path in done.files],
+        "written": [asdict(one) for one in done.written],
+        "verification": verification,
+    }
+    return {**plan_json(source, done.plan), **cast(dict[str, Json], written)}
