@@ -25,6 +25,7 @@ class Candidate:
 
     share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
     number of dimensions, and whose sizes, are the base model's.  evidence: metadata agrees.
+    prefixed: the share of modules under a prefix that says what they are, not bare names.
     """
 
     family: Family
@@ -33,10 +34,11 @@ class Candidate:
     dimensions: float
     shapes: float
     evidence: bool
+    prefixed: float
 
     @property
     def rank(self) -> tuple[float, ...]:
-        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence)
+        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence, self.prefixed)
 
 
 @dataclass
@@ -81,6 +83,12 @@ class Claim:
     def claimed(self) -> set[str]:
         found = {key for stem in self.located for key, _ in self.keys.modules.get(stem, ())}
         return found | {stem for stem in self.keys.bare if stem in self.located}
+
+    @cached_property
+    def adapts(self) -> bool:
+        """Whether there is more than replacements: a checkpoint of a model without a table is no adapter."""
+        spelled = (options for stem in self.located for _, options in self.keys.modules.get(stem, ()))
+        return any(option.kind != "set" for options in spelled for option in options)
 
 
 def _claim(family: Family, keys: Keys) -> Claim:
@@ -207,6 +215,9 @@ def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candid
         if (shape := shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
         and (fit := _fits(family, choose(family, rows, shape), shape)) is not None
     ]
+    if family.open and not any(claim.adapts for claim in chosen):
+        return None
+    located = [rows for claim in chosen for rows in claim.located.values()]
     found = Candidate(
         family=family,
         layouts=tuple(claim.keys.layout.name for claim in chosen),
@@ -214,6 +225,7 @@ def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candid
         dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
         shapes=sum(same for _, same in checked) / len(checked) if checked else 0.0,
         evidence=_evidence(family, store.metadata),
+        prefixed=sum(bool(rows[0].prefix.text) for rows in located) / len(located),
     )
     return found, chosen
 
