@@ -167,11 +167,9 @@ def _note(plan: Plan) -> Iterator[RenderableType]:
     plain = all(scale.value == 1 for scale in plan.adapter.scales.values())
     if plan.target.scale != METADATA_KEY or _folds(plan) or plain:
         return
+    other = f"readers that ignore {plan.target.scale} see another strength"
     text = Text("note: ", style="yellow")
-    text.append(
-        f"readers that ignore {plan.target.scale} see another strength; --fold puts the scale into the factors",
-        style="default",
-    )
+    text.append(f"{other}; --fold puts the scale into the factors", style="default")
     yield Padding(text, (0, 0, 0, 2))
 
 
