@@ -69,7 +69,25 @@ def split(keys: Iterable[tuple[str, str]], layout: Layout) -> Keys:
             found.modules.setdefault(parted[0], []).append((key, parted[1]))
         elif layout.bare:
             found.bare.append(key)
+    if any(spelling.needs for spelling in layout.spellings):
+        _drop_unmeant(found)
     return found
+
+
+def _drop_unmeant(keys: Keys) -> None:
+    """Take away what suffixes cannot mean because another role is missing beside them."""
+    for stem, items in list(keys.modules.items()):
+        if any(option.needs for _, options in items for option in options):
+            roles = {(option.kind, option.role) for _, options in items for option in options}
+            meant = [
+                (key, kept)
+                for key, options in items
+                if (kept := tuple(o for o in options if not o.needs or (o.kind, o.needs) in roles))
+            ]
+            if meant:
+                keys.modules[stem] = meant
+            else:
+                del keys.modules[stem]
 
 
 @dataclass

@@ -39,6 +39,7 @@ class Spelling:
     of_norm: written only for modules whose weight is a vector.
     wrapped: written only for modules that another kind of change wraps (PEFT's `base_layer`).
     components: written only for these components; empty: for all.
+    needs: another role of the kind, without which this suffix does not mean it.
     written: false for spellings that are read but never written.
     """
 
@@ -54,6 +55,7 @@ class Spelling:
     of_norm: bool = False
     wrapped: bool = False
     components: tuple[str, ...] = ()
+    needs: str = ""
     written: bool = True
 
 
@@ -174,6 +176,7 @@ def _spellings(kind: str, role: str, param: str, entry: object, where: str) -> I
             of_norm=table.get("of_norm", False),
             wrapped=table.get("wrapped", False),
             components=tuple(table.get("components", ())),
+            needs=table.get("needs", ""),
             written=table.get("written", True),
         )
 
