@@ -24,7 +24,6 @@ from adapterkit.specs.tuner_config import ModuleScale
 from adapterkit.spell import Site, cast_float, spell
 from adapterkit.stores import TensorInfo, canonical_order, dtype_name
 
-
 # Kinds that change a layer's own tensors; every other stands in a layer around it.
 _ON_THE_LAYER = frozenset({"set", "diff", "reshape", "tokens"})
 
@@ -202,6 +201,7 @@ class _Planning:
     idle: list[str] = field(default_factory=list)
     lost: dict[Place, str] = field(default_factory=dict)
     dropped_passengers: list[str] = field(default_factory=list)
+    rounded: set[Place] = field(default_factory=set)
     taken: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -210,7 +210,7 @@ class _Planning:
 
     def add_component(self, component: str) -> None:
         sources = [
-            Source(place, self._prepared(change))
+            Source(place, self._folded(place, self._prepared(change)))
             for place, changes in self.adapter.changes.items()
             if place.component == component
             for change in changes
@@ -235,7 +235,15 @@ class _Planning:
             return replace(change, inner=self._prepared(change.inner))
         if self.options.as_lora and (change.kind != "lora" or "mid" in change.tensors()) and _expands(change):
             change = change.low_rank()
-        return deltas.fold(change)[0] if self.options.fold else change
+        return change
+
+    def _folded(self, place: Place, change: Change) -> Change:
+        if not self.options.fold:
+            return change
+        folded, exact = deltas.fold(change)
+        if not exact:
+            self.rounded.add(place)
+        return folded
 
     def _nameless(self, sources: Sequence[Source], component: str) -> None:
         if not sources:
@@ -283,8 +291,9 @@ class _Planning:
         scale = None
         if spelled.scale is not None:
             scale = ModuleScale(cut.row.native, spelled.rank or 0, spelled.scale)
+        exact = spelled.exact and not any(s.place in self.rounded for part in cut.parts if (s := part.source))
         self.modules.append(
-            Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, spelled.exact)
+            Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, exact)
         )
 
     def _is_vector(self, cut: Cut, component: str) -> bool:

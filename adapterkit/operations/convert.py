@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -86,7 +86,11 @@ def plan_conversion(source: Source, to: str, options: ConvertOptions | None = No
     target = opened.explanation.family.target(to)
     opened.explanation.decided(opened.store.label, to)
     adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
-    return make_plan(adapter, target, _plan_options(options))
+    plan = make_plan(adapter, target, _plan_options(options))
+    # What cannot stand in the metadata or the configuration is refused here as well.
+    output_metadata(plan)
+    _configs(plan)
+    return plan
 
 
 def _plan_options(options: ConvertOptions) -> Options:
@@ -126,20 +130,34 @@ def write_plan(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
     if not plan.layout.folder:
         written, verification = _write(plan, None, output, options)
         return Conversion(plan, (output,), (written,), verification)
-    several = len(plan.components) > 1
     files: list[Path] = []
     all_written: list[Written] = []
-    verification = None
-    for component in plan.components:
-        folder = output / component if several else output
+    verifications: list[Verification] = []
+    configs = _configs(plan)
+    for component, config in configs.items():
+        folder = output / component if len(configs) > 1 else output
         folder.mkdir(parents=True, exist_ok=True)
-        config = component_config(plan, component)
         path = folder / plan.layout.folder
         written, verification = _write(plan, component, path, options, config)
         write_json(folder / CONFIG_FILE, config, overwrite=options.force)
         files += [path, folder / CONFIG_FILE]
         all_written.append(written)
-    return Conversion(plan, tuple(files), tuple(all_written), verification)
+        verifications += [verification] if verification else []
+    return Conversion(plan, tuple(files), tuple(all_written), _together(verifications))
+
+
+def _configs(plan: Plan) -> dict[str, dict[str, Json]]:
+    """The configuration beside each component's tensors, for formats that are folders."""
+    return {name: component_config(plan, name) for name in plan.components} if plan.layout.folder else {}
+
+
+def _together(found: Sequence[Verification]) -> Verification | None:
+    """What several files showed, as one."""
+    worst = max(
+        (one.worst for one in found if one.worst), key=lambda difference: difference.error, default=None
+    )
+    compared, modules = sum(one.compared for one in found), sum(one.modules for one in found)
+    return Verification(compared, modules, worst) if found else None
 
 
 def _write(

@@ -9,7 +9,8 @@ from typing import cast
 
 from adapterkit.compare import Difference, differences
 from adapterkit.errors import Json, Mismatch
-from adapterkit.operations.sources import Source, load
+from adapterkit.operations.sources import Opened, Source, open
+from adapterkit.specs.families import Family
 
 # Rounding in float32 may differ by this much between two exact forms of one change.
 TOLERANCE = 1e-6
@@ -59,17 +60,30 @@ def diff(
 
     Raises Mismatch if they are for different base models, and what `load` raises.
     """
-    left = load(a, family=family, allow=allow)
-    right = (
-        load(b, family=family or left.family.key, allow=allow)
-        if not left.family.open
-        else load(b, allow=allow)
+    left, right = _alike(a, b, family)
+    found = sorted(
+        differences(left.load(allow=allow), right.load(allow=allow), cosines=True), key=lambda d: -d.error
     )
-    if left.family.name != right.family.name:
+    return Comparison(tuple(found), tolerance)
+
+
+def _alike(a: Source, b: Source, family: str | None) -> tuple[Opened, Opened]:
+    """Both opened as adapters of one base model, the first that explains either as well as any other."""
+    left, right = open(a, family=family), open(b, family=family)
+    ours, theirs = _families(left), _families(right)
+    if ours[0].key == theirs[0].key:
+        return left, right
+    names = {other.name for other in theirs}
+    common = next((one for one in ours if one.name in names and not one.open), None)
+    if common is None:
         raise Mismatch(
-            f"one is for {left.family.label}, the other for {right.family.label}",
+            f"one is for {ours[0].label}, the other for {theirs[0].label}",
             code="families",
             hint="say --family if one of them was taken for the wrong base model",
         )
-    found = sorted(differences(left, right, cosines=True), key=lambda d: -d.error)
-    return Comparison(tuple(found), tolerance)
+    return open(a, family=common.key), open(b, family=common.key)
+
+
+def _families(opened: Opened) -> list[Family]:
+    found = opened.explanation
+    return [found.family, *(candidate.family for candidate in found.equals)]
