@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, cast
 
@@ -148,6 +148,7 @@ class _Building:
     keys: dict[Place, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
+        entry = self._with_experts(entry)
         scale = self._scale(entry)
         try:
             change = self._change(entry, scale)
@@ -160,6 +161,20 @@ class _Building:
             self.scales[entry.place] = scale
         self.natives.setdefault(entry.place, entry.native)
         self.keys[entry.place] = (*self.keys.get(entry.place, ()), *entry.keys)
+
+    def _with_experts(self, entry: Entry) -> Entry:
+        """The entry, of its true kind where only the configuration tells that its weight is many."""
+        config = self.configs.of(entry.place.component)
+        if entry.kind == "lora" and config is not None and self._experts(entry, config) > 1:
+            return replace(entry, kind="experts")
+        return entry
+
+    def _experts(self, entry: Entry, config: TunerConfig) -> int:
+        """How many experts the factors are for; 1 where the parameter is no stack of weights."""
+        rank = config.rank(entry.path)
+        if not rank or not config.targets_parameter_of(entry.path):
+            return 1
+        return self.store.tensors[entry.roles["down"].key].shape[0] // rank
 
     def _scale(self, entry: Entry) -> Scale:
         """The entry's scale; a bias that lies inside a scaled layer has that layer's."""
@@ -208,6 +223,8 @@ class _Building:
                     "cayley_neumann": config.flag("use_cayley_neumann", True),
                     "terms": config.number("num_cayley_neumann_terms", 5),
                 }
+            case "experts":
+                return {"count": self._experts(entry, config)}
             case "adalora":
                 return {"initial_rank": config.number("init_r", 0) or None}
             case "tokens":

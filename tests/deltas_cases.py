@@ -47,6 +47,16 @@ def lora(kernel: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, kind:
     return Case(build(kind, {"up": up, "down": down}, scale=0.75), base, expected)
 
 
+def experts() -> Case:
+    e, o, r, i = 12, 4, 2, 5
+    up, down = numbers(o, r * e, seed=1), numbers(e * r, i, seed=2)
+    expected = numbers(e, o, i, seed=3)
+    base = expected.clone()
+    for n, p, q in everywhere(e, o, i):
+        expected[n, p, q] += 0.75 * sum(up[p, m * e + n] * down[n * r + m, q] for m in range(r))
+    return Case(build("experts", {"up": up, "down": down}, scale=0.75, count=e), base, expected)
+
+
 def lora_mid() -> Case:
     o, r, i, h, w = 12, 3, 5, 3, 2
     up, down, mid = numbers(o, r, 1, 1, seed=1), numbers(r, i, 1, 1, seed=2), numbers(r, r, h, w, seed=3)
@@ -315,6 +325,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "lora, half precision": lambda: lora(dtype=torch.float16),
     "lora, eight bits": lambda: lora(dtype=torch.float8_e4m3fn),
     "embedding": lambda: lora(kind="embedding"),
+    "experts": experts,
     "loha": loha,
     "loha, convolution": lambda: loha((3, 2)),
     "loha, core": loha_core,

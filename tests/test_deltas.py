@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapterkit.deltas import (
     Change,
+    ExpertsLowRank,
     LowRank,
     Magnitude,
     Reshape,

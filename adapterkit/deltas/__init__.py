@@ -6,6 +6,7 @@ Importing this imports torch; `adapterkit.specs.kinds` holds the facts that need
 from adapterkit.deltas.build import build, magnitude_axis
 from adapterkit.deltas.change import Change
 from adapterkit.deltas.compare import cosine, identical, norm, relative_error
+from adapterkit.deltas.experts import ExpertsLowRank
 from adapterkit.deltas.factored import AdaLora, TLora, Vera
 from adapterkit.deltas.fold import fold
 from adapterkit.deltas.glora import Glora
@@ -25,6 +26,7 @@ __all__ = [
     "Change",
     "EmbeddingLowRank",
     "EmbeddingRotation",
+    "ExpertsLowRank",
     "Glora",
     "Hadamard",
     "InputButterfly",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from adapterkit.deltas.change import Change
+from adapterkit.deltas.experts import ExpertsLowRank
 from adapterkit.deltas.factored import AdaLora, TLora, Vera
 from adapterkit.deltas.glora import Glora
 from adapterkit.deltas.hadamard import Hadamard
@@ -23,6 +24,7 @@ from adapterkit.specs.kinds import KINDS
 CLASSES: dict[str, type[Change]] = {
     "lora": LowRank,
     "embedding": EmbeddingLowRank,
+    "experts": ExpertsLowRank,
     "loha": Hadamard,
     "lokr": Kronecker,
     "glora": Glora,
@@ -55,7 +57,7 @@ def build(
     kind: a key of `KINDS`; roles: its tensors, and the modifiers `magnitude` and `scalar` if there are.
     scale: what multiplies the change (alpha / rank and the like).
     weight_shape: of the changed weight, where it is known; it tells the sides of flattened kernels.
-    facts: other fields of the kind's class, from a file's configuration: `constraint`, `block_share`,
+    facts: other fields of the kind's class, from a file's configuration: `count`, `constraint`, `block_share`,
     `cayley_neumann`, `terms`, `inverse`, `additive`, `on_input`, `initial_rank`, `shared_a`, `shared_b`,
     `indices`; and `axis` ("out" or "in") of a magnitude.
 

@@ -52,6 +52,8 @@ KINDS: dict[str, Kind] = {
         Kind("lora", "LoRA", (_roles("up", "down"),), _roles("mid"), (("down", 0),), scales=True),
         # LoRA of an embedding: PEFT keeps the factors the other way round and says so by name.
         Kind("embedding", "embedding LoRA", (_roles("up", "down"),), rank=(("down", 0),), scales=True),
+        # The same names again; that the weight is one of many experts is in the configuration.
+        Kind("experts", "LoRA of experts", (_roles("up", "down"),), scales=True),
         Kind(
             "loha",
             "LoHa",

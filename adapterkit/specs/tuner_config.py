@@ -40,6 +40,15 @@ class TunerConfig:
         value = self.values.get(name)
         return value if isinstance(value, int) else default
 
+    def targets_parameter_of(self, module: str) -> bool:
+        """Whether a parameter of `module`, not a layer, is what was tuned.
+
+        Several parameters of one module are tuned by layers around each other, all below its name.
+        """
+        targets = cast(list[str], self.values.get("target_parameters") or [])
+        owners = {target.rpartition(".")[0] for target in targets}
+        return any(f".{owner}." in f".{module}." for owner in owners)
+
     def token_indices(self, module: str) -> tuple[int, ...] | None:
         """Which rows of the embedding `module` were trained, or None if the config does not say.
 
