@@ -84,7 +84,7 @@ def formats() -> tuple[Format, ...]:
                 Format(
                     name=target,
                     title=target,
-                    summary=f"as {target} writes it: the {layout.title} form with other names",
+                    summary=target_summaries()[target],
                     source=layout.source,
                     layout=layout.name,
                     reads=writes,
@@ -93,6 +93,12 @@ def formats() -> tuple[Format, ...]:
                 ),
             )
     return tuple(found[name] for name in sorted(found))
+
+
+@cache
+def target_summaries() -> Mapping[str, str]:
+    """What each variation of a layout is."""
+    return cast(Mapping[str, str], tomllib.loads((formats_dir() / "targets.toml").read_text("utf-8")))
 
 
 @cache
