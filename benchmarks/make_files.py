@@ -20,7 +20,7 @@ from adapterkit.stores import TensorInfo, canonical_order, write_safetensors
 
 # What sd-scripts trains by default: the linear layers inside attention blocks, all of the encoders'.
 SDXL = ("attentions.", "transformer_blocks")
-SKIPPED = ("norm", "embed", "text_projection")
+SKIPPED = ("embed", "shared", "relative_attention_bias", "text_projection")
 
 
 def modules(base: Family, layout: str, keep: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
@@ -34,7 +34,7 @@ def modules(base: Family, layout: str, keep: tuple[str, ...]) -> Iterator[tuple[
             if row.param is not None or first is None or len(first) != 2:
                 continue
             name = row.span[0].module
-            if (any(word in name for word in SKIPPED) and "blocks" not in name) or "norm" in name:
+            if any(word in name for word in SKIPPED):
                 continue
             if component in {"unet", "transformer"} and not any(word in name for word in keep):
                 continue
