@@ -183,7 +183,7 @@ class _Building:
         for other in self.explanation.entries:
             if other.native == entry.native and KINDS[other.kind].scales:
                 return scale_of(other, self.store, self.configs, self.scale_from)
-        return Scale(1.0, None, "none given: 1")
+        return Scale(1.0, None, "none given")
 
     def _change(self, entry: Entry, scale: Scale) -> Change:
         roles = {name: self._tensor(role) for name, role in entry.roles.items()}

@@ -98,7 +98,7 @@ def _one_of(
     entry: Entry, store: Store, candidates: Mapping[ScaleFrom, Scale], scale_from: ScaleFrom | None
 ) -> Scale:
     if not candidates:
-        return Scale(1.0, None, "none given: 1")
+        return Scale(1.0, None, "none given")
     if scale_from is not None and scale_from in candidates:
         return candidates[scale_from]
     values = list(candidates.values())

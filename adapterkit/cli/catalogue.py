@@ -12,7 +12,7 @@ from adapterkit.cli.output import Output
 from adapterkit.errors import Json
 
 
-@click.command()
+@click.command(short_help="List the formats there are.")
 @as_json
 @manners
 @click.pass_obj
@@ -33,7 +33,7 @@ def formats(output: Output) -> int:
     return 0
 
 
-@click.command()
+@click.command(short_help="Explain a key, a format or an error.")
 @click.argument("topic")
 @as_json
 @manners

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Outcomes = Sequence[tuple[str, "Conversion | AdapterkitError"]]
 
 
-@click.command()
+@click.command(short_help="Write adapters in another format, and prove the result.")
 @click.argument("sources", nargs=-1, required=True, metavar="IN...")
 @click.option(
     "--to",
@@ -165,4 +165,4 @@ def _show(output: Output, outcomes: Outcomes) -> None:
         elif len(outcomes) == 1 or output.verbose:
             output.show(conversion_report(source, outcome))
     if len(outcomes) > 1 and not output.quiet:
-        output.show(outcomes_report(outcomes))
+        output.show(outcomes_report(outcomes, output.width))

@@ -10,7 +10,7 @@ from adapterkit.cli.output import Output
 DIFFERENT = 1
 
 
-@click.command()
+@click.command(short_help="Compare two adapters, whatever their formats.")
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @click.option(

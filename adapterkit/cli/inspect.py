@@ -36,7 +36,7 @@ class Look:
     metadata: Mapping[str, str] | None
 
 
-@click.command()
+@click.command(short_help="Say what a file is: format, base model, ranks, scales.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--keys", is_flag=True, help="Every key, grouped by pattern, with dtype and shape.")
 @click.option("--metadata", is_flag=True, help="All metadata; --json gives long values in full.")
@@ -90,11 +90,14 @@ def _show(output: Output, source: str, look: Look, *, first: bool) -> None:
     from rich.text import Text
 
     from adapterkit.reports import inspection
+    from adapterkit.reports.words import heading
 
     if not first and not output.quiet:
         output.show(Text())
     if isinstance(look.found, AdapterkitError):
         output.complain(look.found)
+        if look.keys is not None or look.metadata is not None:
+            output.show(heading(source))
     elif output.quiet:
         output.show(inspection.inspection_line(look.found))
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from adapterkit.detect import Entry, Explanation
-from adapterkit.errors import AdapterkitError, Json
+from adapterkit.errors import AdapterkitError, Json, UsageError
 from adapterkit.key_patterns import key_patterns
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
@@ -147,7 +147,7 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
     """Say what a file is. Reads the header and the scalars beside modules; torch is not needed.
 
     hashes: also read all of the file and compute SHA-256, AutoV2 and AutoV3.
-    Raises Unrecognized or StoreError.
+    Raises Unrecognized or StoreError, and UsageError for the hash of something that is not one file.
     """
     opened = open_source(source, family=family)
     store, explanation = opened.store, opened.explanation
@@ -172,7 +172,7 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
         notes={key: store.metadata[key] for key in _WORTH_KNOWING if store.metadata.get(key)},
         metadata_keys=len(store.metadata),
         embedded_hashes={key: store.metadata[key] for key in _EMBEDDED_HASHES if key in store.metadata},
-        hashes=file_hashes(store.path) if hashes and store.path is not None else {},
+        hashes=_hashes(store) if hashes else {},
         problems=(*_problems(store, explanation), *scale_problems),
     )
 
@@ -180,10 +180,14 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
 def _certainty(explanation: Explanation) -> str:
     if explanation.family.open:
         return "by the form of its names; no table of this model is known"
-    grounds = [f"{explanation.share:.1%} of tensors known by name"]
-    if explanation.shapes:
-        grounds.append(f"{explanation.shapes:.0%} of checked shapes fit")
-    return ", ".join(grounds)
+    known = f"{_part(explanation.share, 'tensor', 'tensors')} known by name"
+    if not explanation.shapes:
+        return known
+    return f"{known}, {_part(explanation.shapes, 'checked shape fits', 'checked shapes fit')}"
+
+
+def _part(share: float, one: str, many: str) -> str:
+    return f"every {one}" if share == 1 else f"{100 * share:.1f} % of {many}"
 
 
 def _components(store: Store, explanation: Explanation) -> Iterable[Component]:
@@ -242,14 +246,13 @@ def _problems(store: Store, explanation: Explanation) -> Iterable[Problem]:
         yield Problem("container", warning)
     if explanation.unclaimed:
         shown = ", ".join(f"`{pattern.text}`" for pattern in key_patterns(explanation.unclaimed)[:3])
-        yield Problem("unclaimed", f"{len(explanation.unclaimed)} tensors are explained by nothing: {shown}")
+        count = f"{len(explanation.unclaimed)} of {len(store.tensors)} tensors"
+        yield Problem("unclaimed", f"explained by nothing: {count} ({shown})")
     if explanation.incomplete:
-        first = explanation.incomplete[0]
-        yield Problem(
-            "incomplete",
-            f"{len(explanation.incomplete)} modules are not whole: `{first.native}` has only "
-            + ", ".join(f"`{key}`" for key in first.keys),
-        )
+        first, broken = explanation.incomplete[0], len(explanation.incomplete)
+        count = f"{broken} of {broken + len({entry.native for entry in explanation.entries})} modules"
+        keys = ", ".join(f"`{key}`" for key in first.keys)
+        yield Problem("incomplete", f"not whole: {count} (of `{first.native}` there is only {keys})")
     if len(explanation.layouts) > 1:
         titles = " and ".join(layouts()[name].title for name in explanation.layouts)
         yield Problem("mixed", f"the file mixes {titles}", "convert it to one of them")
@@ -272,6 +275,14 @@ def _hash_problems(metadata: Mapping[str, str]) -> Iterable[Problem]:
                 f"`{key}` is the hash of empty input: sites will link the file to another model",
                 "convert rewrites it",
             )
+
+
+def _hashes(store: Store) -> dict[str, str]:
+    if store.path is None or store.kind in {"folder", "sharded"}:
+        raise UsageError(
+            f"{store.label}: not one file, so it has no hash", hint="name the tensor file in it to hash that"
+        )
+    return file_hashes(store.path)
 
 
 def file_hashes(path: Path) -> dict[str, str]:

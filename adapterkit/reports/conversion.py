@@ -19,7 +19,7 @@ from adapterkit.operations.inspect import ScaleCount
 from adapterkit.plan import Plan
 from adapterkit.reports.inspection import scale_words
 from adapterkit.reports.moves import RENAMED, Move, moves
-from adapterkit.reports.words import Fact, counted, error_words, facts, heading, listed, size
+from adapterkit.reports.words import NARROW, Fact, counted, error_words, facts, heading, listed, size
 from adapterkit.specs.layouts import layouts
 from adapterkit.specs.tuner_config import METADATA_KEY
 from adapterkit.stores.guards import shown
@@ -183,25 +183,30 @@ def conversion_line(done: Conversion) -> Text:
     return Text(shown(result_of(done)))
 
 
-def outcomes_report(outcomes: Sequence[tuple[str, Outcome]]) -> RenderableType:
+def outcomes_report(outcomes: Sequence[tuple[str, Outcome]], width: int) -> RenderableType:
     """A line for each of many inputs, and how many went well."""
+    rows = [_outcome(source, outcome) for source, outcome in outcomes]
+    table: RenderableType
+    if width >= NARROW:
+        table = listed(rows, ("size", "error", "adapter"), numbers=1)
+    else:
+        table = facts((error, Text.assemble(name, f" {amount}")) for amount, error, name in rows)
     done = [outcome for _, outcome in outcomes if isinstance(outcome, Conversion)]
     notes = [note for one in done for note in _note(one.plan)][:1]
     total = Text(f"{len(done)} of {counted(len(outcomes), 'adapter')} converted", style="bold")
-    return Group(facts(_outcome(source, outcome) for source, outcome in outcomes), total, *notes)
+    return Group(Padding(table, (0, 0, 0, 2)), total, *notes)
 
 
-def _outcome(source: str, outcome: Outcome) -> Fact:
+def _outcome(source: str, outcome: Outcome) -> tuple[str, str, Text]:
+    """Size, greatest relative error or the code of what went wrong, and names."""
     if isinstance(outcome, AdapterkitError):
-        return "failed", Text(f"{shown(source)} ({outcome.code})", style="red")
+        return "failed", outcome.code, Text(shown(source), style="red")
     worst = outcome.verification
-    details = [
-        size(sum(written.size for written in outcome.written)),
-        f"error {error_words(worst.error)}" if worst else "not verified",
-    ]
+    text = Text(f"{shown(source)} → {shown(result_of(outcome))}")
     if dropped := outcome.receipt.dropped:
-        details.append(f"{counted(len(dropped), 'tensor')} dropped")
-    return "done", f"{shown(source)} → {shown(result_of(outcome))} ({', '.join(details)})"
+        text.append(f", {counted(len(dropped), 'tensor')} dropped", style="yellow")
+    amount = size(sum(written.size for written in outcome.written))
+    return amount, error_words(worst.error) if worst else "unverified", text
 
 
 def plan_json(source: str, plan: Plan) -> dict[str, Json]:

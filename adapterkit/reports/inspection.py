@@ -35,7 +35,8 @@ _HASH_LENGTH = 16
 def inspection_report(found: Inspection, width: int) -> RenderableType:
     components = _table(found.components) if width >= NARROW else _lines(found.components)
     parts: list[RenderableType] = [heading(found.path), _what(found), components, facts(_facts(found))]
-    parts += [_problem(problem) for problem in found.problems]
+    if found.problems:
+        parts.append(_problems(found.problems))
     return Group(*parts)
 
 
@@ -161,16 +162,24 @@ def scale_words(scales: Sequence[ScaleCount], most: int = 4) -> str:
         values = by_source.setdefault(scale.source, {})
         text = f"{scale.value:.4g}"
         values[text] = values.get(text, 0) + scale.count
-    return "; ".join(f"{tally(values, most)} from {shown(source)}" for source, values in by_source.items())
+    return "; ".join(f"{tally(values, most)}{_origin(source)}" for source, values in by_source.items())
 
 
-def _problem(problem: Problem) -> RenderableType:
-    text = Text("! ", style="yellow bold")
-    text.append(shown(problem.message), style="not bold")
-    text.append(f" ({problem.code})", style="not bold dim")
-    if problem.hint:
-        text.append(f"\nhint: {shown(problem.hint)}", style="not bold default")
-    return Padding(text, (0, 0, 0, 2))
+def _origin(source: str) -> str:
+    """` from .alpha`, but `, none given`."""
+    return f", {shown(source)}" if source.startswith("none") else f" from {shown(source)}"
+
+
+def _problems(problems: Iterable[Problem]) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="yellow bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for problem in problems:
+        text = Text(shown(problem.message)).append(f" ({problem.code})", style="dim")
+        if problem.hint:
+            text.append(f"\nhint: {shown(problem.hint)}")
+        grid.add_row(Text("!"), text)
+    return Padding(grid, (1, 0, 0, 2))
 
 
 def keys_report(groups: Sequence[KeyGroup], width: int) -> RenderableType:
