@@ -381,6 +381,27 @@ def test_lokrs_that_do_not_share_their_second_factor_are_refused() -> None:
     assert "--as lora" in caught.value.hint
 
 
+def test_a_missing_part_that_is_no_whole_kronecker_block_is_refused() -> None:
+    with pytest.raises(Unrepresentable, match="blocks of 4 rows"):
+        stack([lokr().change, None], [ROWS, 3])
+
+
+def test_a_constraint_that_binds_all_blocks_is_neither_cut_nor_stacked() -> None:
+    """It binds a part as soon as one block has more than its share, though the whole stays below."""
+    blocks = torch.zeros(3, 4, 4)
+    blocks[0, 0, 1] = 0.1
+    free = build("oft", {"blocks": blocks}, constraint=0.02)
+    bound = build("oft", {"blocks": blocks}, constraint=0.01)
+    with pytest.raises(Unrepresentable, match="constraint"):
+        free.take(0, 4)
+    assert identical(stack([free.take(4, 8), free.take(8, 12)], [4, 4]), free.take(4, 12))
+    for other in (bound, dataclasses.replace(free, constraint=0.03)):
+        with pytest.raises(Unrepresentable, match="constraint"):
+            stack([free, other], [ROWS, ROWS])
+    with pytest.raises(Unrepresentable, match="constraint"):
+        stack([bound, bound], [ROWS, ROWS])
+
+
 def test_kinds_do_not_stack_with_each_other() -> None:
     with pytest.raises(Unrepresentable, match="LoKr and LoRA"):
         stack([lokr().change, lora().change], [ROWS, ROWS])
