@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from adapterkit.cli.output import Output, guarded
 from adapterkit.errors import AdapterkitError
-from adapterkit.stores.guards import shown
 
 Result = TypeVar("Result")
 
@@ -50,6 +49,8 @@ def progress(output: Output, sources: Sequence[str]) -> Iterator[Callable[[str],
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
+
+    from adapterkit.stores.guards import shown
 
     name = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
     count = [MofNCompleteColumn()] if len(sources) > 1 else []

@@ -10,10 +10,9 @@ import click
 
 from adapterkit.cli.batch import each, progress, worst
 from adapterkit.cli.inputs import adapters, results
-from adapterkit.cli.options import FORMATS, LOSSES, as_json, family_option, manners
+from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
 from adapterkit.cli.output import Output
 from adapterkit.errors import AdapterkitError, Json, UsageError
-from adapterkit.specs.consents import CONSENTS
 
 if TYPE_CHECKING:
     from adapterkit.operations.convert import Conversion, ConvertOptions, Verify
@@ -42,21 +41,13 @@ Outcomes = Sequence[tuple[str, "Conversion | AdapterkitError"]]
 )
 @click.option("--fold", is_flag=True, help="Put the scale into the factors; every reader then sees it.")
 @family_option
-@click.option(
-    "--allow",
-    multiple=True,
-    callback=LOSSES.several,
-    shell_complete=LOSSES.complete,
-    metavar="NAME",
-    help=f"Consent to a loss: {', '.join(CONSENTS)}.",
-)
-@click.option(
-    "--scale-from", type=click.Choice(["alpha", "config"]), help="Which holds where the two differ."
-)
+@allow_option
+@scale_option
 @click.option(
     "--verify",
     type=click.Choice(["none", "sample", "full"]),
     default="sample",
+    show_default=True,
     help="Modules to read back and compare.",
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from adapterkit.cli.options import as_json, family_option, manners
+from adapterkit.cli.options import allow_option, as_json, family_option, manners, scale_option
 from adapterkit.cli.output import Output
+
+if TYPE_CHECKING:
+    from adapterkit.scale import ScaleFrom
 
 DIFFERENT = 1
 
@@ -22,10 +27,21 @@ DIFFERENT = 1
 )
 @click.option("--all", "every", is_flag=True, help="Every module; default: the 20 that differ most.")
 @family_option
+@allow_option
+@scale_option
 @as_json
 @manners
 @click.pass_obj
-def diff(output: Output, first: str, second: str, tolerance: float, every: bool, family: str | None) -> int:
+def diff(
+    output: Output,
+    first: str,
+    second: str,
+    tolerance: float,
+    every: bool,
+    family: str | None,
+    allow: frozenset[str],
+    scale_from: ScaleFrom | None,
+) -> int:
     """Say whether adapters A and B make the same change, whatever their formats.
 
     For every module: the relative error of its delta and the cosine of the angle between the two,
@@ -34,7 +50,7 @@ def diff(output: Output, first: str, second: str, tolerance: float, every: bool,
     from adapterkit.operations.diff import diff as compare
     from adapterkit.reports.comparison import comparison_line, comparison_report
 
-    found = compare(first, second, family=family, tolerance=tolerance)
+    found = compare(first, second, family=family, tolerance=tolerance, allow=allow, scale_from=scale_from)
     if output.json:
         output.document("diff", {"a": first, "b": second, **found.as_json()})
     else:

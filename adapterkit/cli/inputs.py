@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapterkit.errors import StoreError, UsageError
-from adapterkit.stores.folders import ADAPTER_FILES, CONFIG
-from adapterkit.stores.guards import shown
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _INDEX = ".index.json"
@@ -30,6 +28,8 @@ def adapters(source: str) -> list[str]:
 
 def _is_adapter(path: Path) -> bool:
     """A tensor file, or the folder of a PEFT adapter."""
+    from adapterkit.stores.folders import ADAPTER_FILES, CONFIG
+
     if path.name.startswith("."):
         return False
     if path.is_dir():
@@ -43,6 +43,8 @@ def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
     One source is written to `output` itself. Several, or one with an `output` that is a folder or
     ends in a slash, get names of their own in it. UsageError if two would get the same.
     """
+    from adapterkit.stores.guards import shown
+
     folder = _writes_folders(to)
     existing = Path(output).is_dir() and not folder
     if len(sources) == 1 and not existing and not output.endswith(("/", "\\")):
@@ -68,6 +70,8 @@ def stem(source: str) -> str:
 
 
 def _require_distinct(places: dict[str, Path]) -> None:
+    from adapterkit.stores.guards import shown
+
     owners: dict[Path, str] = {}
     for source, place in places.items():
         if (other := owners.setdefault(place, source)) is not source:

@@ -118,3 +118,24 @@ def family_option(function: Function) -> Function:
         help="The base model, where the file alone does not tell.",
     )
     return option(function)
+
+
+def allow_option(function: Function) -> Function:
+    option: Callable[[Function], Function] = click.option(
+        "--allow",
+        multiple=True,
+        callback=LOSSES.several,
+        shell_complete=LOSSES.complete,
+        metavar="NAME",
+        help=f"Consent to a loss: {', '.join(CONSENTS)}. Several: a,b or again.",
+    )
+    return option(function)
+
+
+def scale_option(function: Function) -> Function:
+    option: Callable[[Function], Function] = click.option(
+        "--scale-from",
+        type=click.Choice(["alpha", "config"]),
+        help="Which scale holds where tensors and configuration differ.",
+    )
+    return option(function)

@@ -10,6 +10,7 @@ from typing import cast
 from adapterkit.compare import Difference, differences
 from adapterkit.errors import Json, Mismatch
 from adapterkit.operations.sources import Opened, Source, open
+from adapterkit.scale import ScaleFrom
 from adapterkit.specs.families import Family
 
 # Rounding in float32 may differ by this much between two exact forms of one change.
@@ -55,15 +56,17 @@ def diff(
     family: str | None = None,
     tolerance: float = TOLERANCE,
     allow: Collection[str] = (),
+    scale_from: ScaleFrom | None = None,
 ) -> Comparison:
     """Compare two adapters of one family module by module.
 
+    allow, scale_from: as `load` takes them, for both.
     Raises Mismatch if they are for different base models, and what `load` raises.
     """
     left, right = _alike(a, b, family)
-    found = sorted(
-        differences(left.load(allow=allow), right.load(allow=allow), cosines=True), key=lambda d: -d.error
-    )
+    one = left.load(allow=allow, scale_from=scale_from)
+    other = right.load(allow=allow, scale_from=scale_from)
+    found = sorted(differences(one, other, cosines=True), key=lambda d: -d.error)
     return Comparison(tuple(found), tolerance)
 
 
