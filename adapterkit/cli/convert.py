@@ -79,20 +79,26 @@ def convert(
     Nothing is lost without consent: what the format cannot say is refused until --allow names it.
     Every output is read back and compared before it takes its name.
     """
-    from adapterkit.operations.convert import ConvertOptions
-
-    options = ConvertOptions(dtype, kind == "lora", fold, family, scale_from, allow, verify, force)
-    found = list(dict.fromkeys(path for source in sources for path in adapters(source)))
-    if plan:
-        return _plan(output, found, to, options)
-    if place is None:
+    if place is None and not plan:
         raise UsageError(
             "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
         )
-    places = results(found, place, to)
-    if len(found) > 1 or place.endswith(("/", "\\")):
-        Path(place).mkdir(parents=True, exist_ok=True)
-    return _convert(output, places, to, options)
+    found = list(dict.fromkeys(path for source in sources for path in adapters(source)))
+    places = {} if plan or place is None else results(found, place, to)
+    # From here on torch is needed, which takes a while to load.
+    from adapterkit.operations.convert import ConvertOptions
+
+    options = ConvertOptions(
+        dtype=dtype,
+        as_lora=kind == "lora",
+        fold=fold,
+        family=family,
+        scale_from=scale_from,
+        allow=allow,
+        verify=verify,
+        force=force,
+    )
+    return _plan(output, found, to, options) if plan else _convert(output, places, to, options)
 
 
 def _plan(output: Output, sources: Sequence[str], to: str, options: ConvertOptions) -> int:

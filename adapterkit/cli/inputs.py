@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from adapterkit.errors import StoreError, UsageError
-
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_INDEX = ".index.json"
 
 
 def adapters(source: str) -> list[str]:
@@ -34,20 +32,21 @@ def _is_adapter(path: Path) -> bool:
         return False
     if path.is_dir():
         return any((path / name).is_file() for name in (CONFIG, *ADAPTER_FILES))
-    return path.suffix.lower() in _SUFFIXES
+    return path.name.lower().endswith(_tensor_suffixes())
 
 
 def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
     """Where the result of each source goes.
 
     One source is written to `output` itself. Several, or one with an `output` that is a folder or
-    ends in a slash, get names of their own in it. UsageError if two would get the same.
+    ends in a slash, get names of their own in it, and it is made. UsageError if two would get the
+    same.
     """
     from adapterkit.stores.guards import shown
 
     folder = _writes_folders(to)
     existing = Path(output).is_dir() and not folder
-    if len(sources) == 1 and not existing and not output.endswith(("/", "\\")):
+    if len(sources) == 1 and not existing and not output.endswith((os.sep, os.altsep or os.sep)):
         return {sources[0]: Path(output)}
     if Path(output).exists() and not Path(output).is_dir():
         raise UsageError(
@@ -57,16 +56,25 @@ def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
     suffix = "" if folder else f".{to}.safetensors"
     places = {source: Path(output) / f"{stem(source)}{suffix}" for source in sources}
     _require_distinct(places)
+    Path(output).mkdir(parents=True, exist_ok=True)
     return places
 
 
 def stem(source: str) -> str:
     """The name of an adapter without what says its format: `style` of `style.safetensors`."""
     name = Path(source).resolve().name
-    for suffix in (_INDEX, *_SUFFIXES):
+    for suffix in _tensor_suffixes():
         if name.lower().endswith(suffix):
-            name = name[: -len(suffix)]
+            return name[: -len(suffix)]
     return name
+
+
+def _tensor_suffixes() -> tuple[str, ...]:
+    """The longest first: an index of shards ends in .safetensors.index.json."""
+    from adapterkit.stores.files import PICKLE_SUFFIXES
+    from adapterkit.stores.sharded import INDEX_SUFFIX
+
+    return (f".safetensors{INDEX_SUFFIX}", INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES)
 
 
 def _require_distinct(places: dict[str, Path]) -> None:
