@@ -30,7 +30,7 @@ from adapterkit.deltas import (
     stack,
     transpose,
 )
-from adapterkit.errors import Mismatch, Unrepresentable, UsageError
+from adapterkit.errors import AdapterkitError, Mismatch, Unrepresentable, UsageError
 from adapterkit.specs.kinds import KINDS
 
 ROWS = 12
@@ -710,7 +710,7 @@ LOHA = {"w1_a": (6, 2), "w1_b": (2, 5), "w2_a": (6, 2), "w2_b": (2, 5)}
     "kind, shapes, said",
     [
         ("lora", {"up": (6, 3), "down": (2, 5)}, "6x3.*2x5.*ranks 3 and 2 differ"),
-        ("lora", {"up": (6, 0), "down": (0, 5)}, "rank one at least"),
+        ("lora", {"up": (6, 0), "down": (0, 5)}, "6x0: not a matrix"),
         ("lora", {"up": (6,), "down": (2, 5)}, "matrix"),
         ("lora", {"up": (6, 2, 3, 3), "down": (2, 5, 1, 1)}, "kernel belongs to down"),
         ("lora", {**LORA, "mid": (3, 2, 3, 3)}, "rank of up"),
@@ -778,3 +778,42 @@ def test_roles_and_facts_that_a_kind_does_not_have_are_refused(
 def test_every_kind_has_a_class_and_a_case() -> None:
     covered = {CASES[name]().change.kind for name in CASES} | {"reshape", "tlora"}
     assert covered >= set(KINDS)
+
+
+ODD_SHAPES: list[tuple[int, ...]] = [
+    *((), (0,), (1,), (7,), (12, 0), (0, 6), (5, 7), (1, 1), (2, 3, 4), (0, 0, 0), (1, 2, 3, 3))
+]
+
+
+@every_case()
+def test_a_tensor_of_any_other_shape_is_refused_or_understood_but_breaks_nothing(name: str) -> None:
+    case = CASES[name]()
+    inner = case.change.inner if isinstance(case.change, Magnitude) else case.change
+    facts = {
+        field.name: getattr(inner, field.name)
+        for field in dataclasses.fields(inner)
+        if field.name not in {"weight_shape", "scale", "replaces", "flag"}
+        and field.metadata.get("role", field.name) not in case.change.tensors()
+        and not isinstance(getattr(inner, field.name), Tensor | None)
+    }
+    for role in case.change.tensors():
+        for shape in (
+            (),
+            (0,),
+            (1,),
+            (7,),
+            (12, 0),
+            (0, 6),
+            (5, 7),
+            (1, 1),
+            (2, 3, 4),
+            (0, 0, 0),
+            (1, 2, 3, 3),
+        ):
+            roles = {**case.change.tensors(), role: torch.zeros(shape)}
+            try:
+                change = build(inner.kind, roles, **facts)
+                change.dense(case.base)
+                change.take(0, 4)
+            except AdapterkitError as error:
+                assert error.message

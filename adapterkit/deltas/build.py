@@ -57,7 +57,7 @@ def build(
     kind: a key of `KINDS`; roles: its tensors, and the modifiers `magnitude` and `scalar` if there are.
     scale: what multiplies the change (alpha / rank and the like).
     weight_shape: of the changed weight, where it is known; it tells the sides of flattened kernels.
-    facts: other fields of the kind's class, from a file's configuration: `count`, `constraint`, `block_share`,
+    facts: other fields of the kind's class, from a configuration: `count`, `constraint`, `block_share`,
     `cayley_neumann`, `terms`, `inverse`, `additive`, `on_input`, `initial_rank`, `shared_a`, `shared_b`,
     `indices`; and `axis` ("out" or "in") of a magnitude.
 
@@ -138,7 +138,7 @@ def _ordered(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ComfyUI tells them apart by the same shapes (`comfy/weight_adapter/glora.py`).
     """
     ordered = dict(tensors)
-    if kind != "glora" or "bm" in ordered:
+    if kind != "glora" or "bm" in ordered or any(tensor.ndim < 2 for tensor in ordered.values()):
         return ordered
     a1, a2, b1, b2 = (ordered[role].shape for role in ("a1", "a2", "b1", "b2"))
     is_new = a1[1] == a2[0] == b1[1] == b2[0]

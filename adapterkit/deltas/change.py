@@ -188,6 +188,16 @@ def check_fits(title: str, shape: tuple[int, ...], weight_shape: tuple[int, ...]
         )
 
 
+def require_matrices(**tensors: Tensor | None) -> None:
+    """Raise Mismatch unless each that is there has two axes at least, and none without elements."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.ndim < 2 or 0 in tensor.shape):
+            raise Mismatch(
+                f"`{name}` is {written(tensor.shape)}: not a matrix of one row and column at least",
+                details={name: list(tensor.shape)},
+            )
+
+
 def mismatch(
     name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...], why: str
 ) -> Mismatch:

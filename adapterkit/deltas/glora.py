@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, mismatch
+from adapterkit.deltas.change import Change, mismatch, require_matrices
 from adapterkit.deltas.low_rank import LowRank
 
 
@@ -28,7 +28,8 @@ class Glora(Change):
 
     def __post_init__(self) -> None:
         a1, a2, b2 = tuple(self.a1.shape), tuple(self.a2.shape), tuple(self.b2.shape)
-        if len(a1) < 2 or len(a2) < 2 or a1[1] != a2[0] or a1[0] != a2[1]:
+        require_matrices(a1=self.a1, a2=self.a2, b1=self.b1, b2=self.b2, bm=self.bm)
+        if a1[1] != a2[0] or a1[0] != a2[1] or any(side != 1 for side in a1[2:] + a2[2:]):
             raise mismatch("a1", a1, "a2", a2, "their product is not a square of the input channels")
         if a1[0] != self.own.shape[1]:
             raise mismatch("a1", a1, "b2", b2, "input channels differ")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch
+from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch, require_matrices
 from adapterkit.deltas.low_rank import LowRank
 from adapterkit.deltas.tensors import computing_dtype, nonzero_columns
 from adapterkit.errors import UsageError
@@ -124,8 +123,7 @@ def half(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
 def _check_half(number: str, a: Tensor, b: Tensor, core: Tensor | None) -> None:
     shape_a, shape_b = tuple(a.shape), tuple(b.shape)
     names = f"w{number}_a", f"w{number}_b"
-    if len(shape_a) != 2 or len(shape_b) < 2 or prod(shape_a + shape_b) == 0:
-        raise mismatch(names[0], shape_a, names[1], shape_b, "each must be a matrix of rank one at least")
+    require_matrices(**{names[0]: a, names[1]: b, f"t{number}": core})
     if core is None:
         if shape_a[1] != shape_b[0]:
             raise mismatch(
@@ -133,7 +131,7 @@ def _check_half(number: str, a: Tensor, b: Tensor, core: Tensor | None) -> None:
             )
         return
     shape = tuple(core.shape)
-    if len(shape) < 2 or len(shape_b) != 2 or shape[:2] != (shape_a[0], shape_b[0]):
+    if len(shape_b) != 2 or shape[:2] != (shape_a[0], shape_b[0]):
         raise mismatch(
             f"t{number}",
             shape,

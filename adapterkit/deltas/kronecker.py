@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch
+from adapterkit.deltas.change import Change, check_fits, cut_shape, mismatch, require_matrices
 from adapterkit.deltas.hadamard import half
 from adapterkit.deltas.low_rank import LowRank
-from adapterkit.deltas.tensors import computing_dtype
-from adapterkit.errors import UsageError
+from adapterkit.deltas.tensors import computing_dtype, written
+from adapterkit.errors import Mismatch, UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,11 @@ class Kronecker(Change):
                 raise UsageError(f"LoKr has both `{name}` and its factors", code="roles")
         if self.t2 is not None and self.w2 is not None:
             raise UsageError("LoKr has both `w2` and a core `t2`", code="roles")
+        require_matrices(**self.tensors())
+        flat = {"w1": self.w1, "w1_a": self.w1_a, "w1_b": self.w1_b, "w2_a": self.w2_a}
+        for name, factor in {**flat, "w2_b": None if self.t2 is None else self.w2_b}.items():
+            if factor is not None and factor.ndim != 2:
+                raise Mismatch(f"`{name}` is {written(factor.shape)}: not a matrix")
         self._check_ranks()
         check_fits("LoKr", self._own_shape, self.weight_shape)
 

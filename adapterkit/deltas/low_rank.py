@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, mismatch
+from adapterkit.deltas.change import Change, mismatch, require_matrices
 from adapterkit.deltas.tensors import computing_dtype, nonzero_columns
 
 
@@ -28,8 +28,7 @@ class LowRank(Change):
 
     def __post_init__(self) -> None:
         up, down, mid = tuple(self.up.shape), tuple(self.down.shape), self.mid
-        if len(up) < 2 or len(down) < 2 or 0 in up + down:
-            raise mismatch("up", up, "down", down, "each must be a matrix of rank one at least")
+        require_matrices(up=self.up, down=self.down, mid=mid)
         if any(side != 1 for side in up[2:]):
             raise mismatch("up", up, "down", down, "a kernel belongs to down, not to up")
         if mid is None and up[1] != down[0]:
@@ -38,7 +37,7 @@ class LowRank(Change):
             self._check_mid(up, down, tuple(mid.shape))
 
     def _check_mid(self, up: tuple[int, ...], down: tuple[int, ...], mid: tuple[int, ...]) -> None:
-        if len(mid) < 2 or mid[0] != up[1]:
+        if mid[0] != up[1]:
             raise mismatch("up", up, "mid", mid, "its first axis is not the rank of up")
         if mid[1] != down[0] or any(side != 1 for side in down[2:]):
             raise mismatch("down", down, "mid", mid, "its second axis is not down's rank")

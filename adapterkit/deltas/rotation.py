@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape, mismatch
+from adapterkit.deltas.change import Change, cut_shape, mismatch, require_matrices
 from adapterkit.deltas.tensors import written
 from adapterkit.errors import Mismatch
 
@@ -33,6 +33,7 @@ class Rotation(Change):
 
     def __post_init__(self) -> None:
         shape = tuple(self.blocks.shape)
+        require_matrices(blocks=self.blocks)
         if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
             raise Mismatch(f"`blocks` is {written(shape)}: not square blocks")
         if self.rescale is not None and self.rescale.numel() != self.rows:
@@ -122,9 +123,12 @@ class InputRotation(Change):
     weight_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        require_matrices(blocks=self.blocks)
         size = self.block_size
         if self.blocks.ndim != 2 or size * (size - 1) // 2 != self.blocks.shape[1]:
             raise Mismatch(f"`blocks` is {written(self.blocks.shape)}: its rows are no triangles")
+        if self.scaled is not None and self.scaled.numel() != 1:
+            raise Mismatch(f"`scaled` is {written(self.scaled.shape)}: not one flag")
         if self.weight_shape is not None:
             self._check_weight(self.weight_shape)
 
@@ -197,6 +201,7 @@ class InputButterfly(Change):
 
     def __post_init__(self) -> None:
         shape = tuple(self.blocks.shape)
+        require_matrices(blocks=self.blocks, rescale=self.rescale)
         if len(shape) != 4 or shape[-1] != shape[-2]:
             raise Mismatch(f"`blocks` is {written(shape)}: not stages of square blocks")
         if self.weight_shape is not None:

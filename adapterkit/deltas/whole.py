@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape
+from adapterkit.deltas.change import Change, check_fits, cut_shape
 from adapterkit.deltas.tensors import written
 from adapterkit.errors import Mismatch, UsageError
 
@@ -35,6 +35,9 @@ class Whole(Change):
     def fold_roles(self) -> tuple[str, ...]:
         return ("value",)
 
+    def _check_weight(self, weight_shape: tuple[int, ...]) -> None:
+        check_fits(self._title, self.shape, weight_shape)
+
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         value = self.value.to(work) * self.scale
         if not self.replaces or base is None:
@@ -42,6 +45,8 @@ class Whole(Change):
         return value.reshape(base.shape) - base
 
     def _take(self, start: int, stop: int) -> Change:
+        if self.value.ndim == 0:
+            raise self._uncut(start, stop, "it is a single number")
         return replace(self, value=self.value[start:stop])
 
 
