@@ -64,7 +64,7 @@ def test_the_real_library_reads_back_every_bit(tmp_path: Path) -> None:
     data = (tmp_path / "x.safetensors").read_bytes()
     start = 8 + struct.unpack("<Q", data[:8])[0]
     assert done.sha256 == hashlib.sha256(data).hexdigest()
-    assert done.data_sha256 == hashlib.sha256(data[start:]).hexdigest()
+    assert done.data_sha256 is None
     assert done.size == len(data)
     assert start % 8 == 0
 

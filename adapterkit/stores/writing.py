@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -26,15 +29,39 @@ Content = Union[bytes, memoryview, "torch.Tensor"]
 # As long as the 64 digits it gives way to, so that nothing moves.
 DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-goes-here"
 _CHUNK = 16 * 1024 * 1024
+_WAITING = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file. sha256: of all of it. data_sha256: of the tensors' bytes alone. size: in bytes."""
+    """A finished file. sha256: of all of it. size: in bytes.
+
+    data_sha256: of the tensors' bytes alone, where the metadata asked for it.
+    """
 
     sha256: str
-    data_sha256: str
+    data_sha256: str | None
     size: int
+
+
+class _Hasher:
+    """A SHA-256 fed by a thread of its own: hashing takes longer than writing, and waits for nothing."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._hash = hashlib.sha256()
+        self._pending: deque[Future[None]] = deque()
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        self._pending.append(self._pool.submit(self._hash.update, chunk))
+        # What waits here is held in memory.
+        while len(self._pending) > _WAITING:
+            self._pending.popleft().result()
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._hash.hexdigest()
 
 
 def write_safetensors(
@@ -64,8 +91,22 @@ def write_safetensors(
             f"{shown(path)}: a header of {len(raw)} bytes, which no reader accepts", code="limit"
         )
     size = len(raw) + sum(info.nbytes for info in header)
-    with replacing(path, size, overwrite=overwrite, check=check) as file:
-        return _write(file, raw, header, produce, metadata, path)
+    # One thread, so that chunks are hashed in the order of the file.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with replacing(path, size, overwrite=overwrite, check=check) as file:
+            data = _Hasher(pool)
+            waiting = any(DATA_SHA256 in text for text in metadata.values())
+            if not waiting:
+                data.update(raw)
+            file.write(raw)
+            for chunk in _chunks(header, produce, path):
+                file.write(chunk)
+                data.update(chunk)
+            if not waiting:
+                return Written(data.hexdigest(), None, size)
+            _fill_in(file, header, metadata, data.hexdigest())
+            whole = pool.submit(_digest, os.dup(file.fileno()))
+        return Written(whole.result(), data.hexdigest(), size)
 
 
 def write_json(path: Path, value: Json, *, overwrite: bool = False) -> None:
@@ -96,30 +137,21 @@ def _require_valid(path: Path, header: Sequence[TensorInfo], metadata: Mapping[s
             raise StoreError(f"{where}: metadata `{key}` holds half a character", code="header") from None
 
 
-def _write(
-    file: BufferedRandom,
-    raw: bytes,
-    header: Sequence[TensorInfo],
-    produce: Iterable[tuple[str, Content]],
-    metadata: Mapping[str, str],
-    path: Path,
-) -> Written:
-    whole, data = hashlib.sha256(raw), hashlib.sha256()
-    waiting = any(DATA_SHA256 in text for text in metadata.values())
-    file.write(raw)
-    for chunk in _chunks(header, produce, path):
-        file.write(chunk)
-        data.update(chunk)
-        if not waiting:
-            whole.update(chunk)
-    size = file.tell()
-    if waiting:
-        filled = {key: text.replace(DATA_SHA256, data.hexdigest()) for key, text in metadata.items()}
+def _fill_in(
+    file: BufferedRandom, header: Sequence[TensorInfo], metadata: Mapping[str, str], digest: str
+) -> None:
+    """Put the hash of the tensors' bytes into the header, which does not change its length."""
+    filled = {key: text.replace(DATA_SHA256, digest) for key, text in metadata.items()}
+    file.seek(0)
+    file.write(build_header(header, filled))
+    file.flush()
+
+
+def _digest(descriptor: int) -> str:
+    """The SHA-256 of an open file to which nothing more is written; the descriptor is closed."""
+    with os.fdopen(descriptor, "rb") as file:
         file.seek(0)
-        file.write(build_header(header, filled))
-        file.seek(0)
-        whole = hashlib.file_digest(file, "sha256")
-    return Written(whole.hexdigest(), data.hexdigest(), size)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _chunks(
