@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapterkit.detect import Entry, Explanation
-from adapterkit.errors import Conflict, StoreError
+from adapterkit.errors import Conflict, Mismatch, StoreError
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.tuner_config import CONFIG_FILE, METADATA_KEY, TunerConfig, from_metadata
 from adapterkit.stores import Store
@@ -89,7 +89,7 @@ def scale_of(entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom |
         candidates["config"] = Scale(value, config.alpha(entry.path), found.name)
     scale = _one_of(entry, store, candidates, scale_from)
     if (role := entry.modifiers.get("scalar")) is not None:
-        factor = store.scalar(role.key)
+        factor = _finite(store, role.key)
         return Scale(scale.value * factor, scale.alpha, f"{scale.source}, times `.scalar`")
     return scale
 
@@ -121,6 +121,11 @@ def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
     if (role := entry.modifiers.get("alpha")) is None:
         return None
     alpha = _finite(store, role.key)
+    if rank == 0:
+        raise Mismatch(
+            f"{store.label}: `{entry.native}`: its factors have rank 0, so its alpha means nothing",
+            hint="the file is damaged; get it again",
+        )
     if rank is None:
         # LyCORIS ignores alpha when neither factor of a LoKr is decomposed.
         return Scale(1.0, alpha, "`.alpha` does not apply to undecomposed factors")
@@ -131,7 +136,10 @@ def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
 
 
 def _finite(store: Store, key: str) -> float:
+    """The one number of a tensor; StoreError for several, or one that is not finite."""
     value = store.scalar(key)
+    if (count := store.tensors[key].elements) > 1:
+        raise StoreError(f"{store.label}: `{key}` holds {count} numbers where one is meant", code="bad-alpha")
     if not math.isfinite(value):
         raise StoreError(f"{store.label}: `{key}` is {value}", code="bad-alpha")
     return value
@@ -147,6 +155,8 @@ def _rank_stabilised(entry: Entry, metadata: Mapping[str, str]) -> bool:
     if entry.kind != "glora":
         return False
     try:
-        return bool(json.loads(metadata.get("ss_network_args", "{}")).get("rs_lora"))
+        given = json.loads(metadata.get("ss_network_args", "{}")).get("rs_lora", False)
     except (json.JSONDecodeError, AttributeError):
         return False
+    # sd-scripts keeps arguments as the texts they were given as, and LyCORIS takes all but "false" for yes.
+    return str(given).lower() != "false"
