@@ -150,7 +150,10 @@ class Family:
     def _may_know(self, prefix: Prefix, stem: str) -> bool:
         """Whether a name begins as one of the network's: told without writing its table out."""
         name = self.components[prefix.component]
-        return name == ANY or stem.startswith(heads(name), len(prefix.text))
+        if name == ANY:
+            # A flattened name that no table knows is not a module's own name in an unknown model.
+            return prefix.text != "" or not stem.startswith(flat_beginnings())
+        return stem.startswith(heads(name), len(prefix.text))
 
     def target_names(self) -> tuple[str, ...]:
         """What `--to` accepts for this family."""
@@ -242,6 +245,19 @@ def families() -> tuple[Family, ...]:
 
 def _load(path: Path) -> Mapping[str, object]:
     return tomllib.loads(path.read_text("utf-8"))
+
+
+@cache
+def flat_beginnings() -> tuple[str, ...]:
+    """The first words of flattened names, such as `lora_`: no model calls a module so."""
+    texts = {
+        prefix.text
+        for known in families()
+        for layout, prefixes in known.spelling.items()
+        if layouts()[layout].dot != "."
+        for prefix in prefixes
+    }
+    return tuple(sorted({f"{text.partition('_')[0]}_" for text in texts}))
 
 
 def family(name: str) -> tuple[Family, ...]:

@@ -20,11 +20,10 @@ class Wrappers:
 
     def strip(self, key: str) -> str:
         """`key` without wrapper components; most keys come back as they are."""
-        for name in self.front:
-            if key.startswith(f"{name}."):
-                key = key[len(name) + 1 :]
         if any(name in key for name in self.remove):
             key = ".".join(part for part in key.split(".") if part not in self.remove)
+        while front := next((name for name in self.front if key.startswith(f"{name}.")), ""):
+            key = key[len(front) + 1 :]
         return key
 
 
