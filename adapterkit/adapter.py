@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from adapterkit import deltas
 from adapterkit.deltas import Change
 from adapterkit.detect import Entry, Explanation, Role, explain
-from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused
+from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused, StoreError
 from adapterkit.scale import Configs, Scale, ScaleFrom, configs, scale_of
 from adapterkit.specs.families import Family, Place
 from adapterkit.specs.kinds import KINDS
@@ -21,6 +21,9 @@ from adapterkit.stores import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Computing with these would drop their imaginary parts.
+_NOT_REAL = frozenset({"C64"})
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,18 @@ def read_adapter(
     """Build the changes that a file holds; tensors stay where they are until they are used.
 
     allow: named consents: "unclaimed" and "incomplete" leave out what nothing explains.
-    Raises Refused for such tensors without consent, Conflict for two scales or two changes of
-    one place, Mismatch for factors that do not fit each other.
+    Raises Refused for such tensors without consent, Conflict for two scales, two changes of one
+    place or two adapters in one file, Mismatch for factors that do not fit each other.
     """
     explanation = explanation or explain(store)
     where = store.label
+    _require_one(explanation, where)
     dropped = _consented(explanation, allow, where)
     found = configs(store, explanation)
     built = _Building(store, explanation, found, scale_from, where)
     for entry in explanation.entries:
         built.add(entry)
-    _no_overlap(built.changes, built.natives, where)
+    _no_overlap(built.changes, built.owners, where)
     mapped = {key for entry in explanation.entries for key in entry.keys}
     return Adapter(
         family=explanation.family,
@@ -107,6 +111,18 @@ def read_adapter(
         layouts=explanation.layouts,
         store=store,
     )
+
+
+def _require_one(explanation: Explanation, where: str) -> None:
+    """Conflict where the keys name several adapters: added up they would be none of them."""
+    names = explanation.adapter_names
+    if len(names) > 1:
+        raise Conflict(
+            f"{where}: the keys name {len(names)} adapters: {', '.join(f'`{name}`' for name in names)}",
+            code="several-adapters",
+            hint="save each adapter in a file of its own",
+            details={"adapters": list[Json](names)},
+        )
 
 
 def _consented(explanation: Explanation, allow: Collection[str], where: str) -> dict[str, str]:
@@ -145,6 +161,7 @@ class _Building:
     changes: dict[Place, list[Change]] = field(default_factory=lambda: defaultdict(list))
     scales: dict[Place, Scale] = field(default_factory=dict)
     natives: dict[Place, str] = field(default_factory=dict)
+    owners: dict[Place, list[str]] = field(default_factory=lambda: defaultdict(list))
     keys: dict[Place, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
@@ -153,10 +170,12 @@ class _Building:
         try:
             change = self._change(entry, scale)
         except AdapterkitError as error:
-            error.args = (f"{self.where}: `{entry.native}`: {error.message}",)
-            error.message = error.args[0]
+            if not error.message.startswith(self.where):
+                error.at(f"`{entry.native}`")
+            error.at(self.where)
             raise
         self.changes[entry.place].append(change)
+        self.owners[entry.place].append(entry.native)
         if KINDS[entry.kind].scales:
             self.scales[entry.place] = scale
         self.natives.setdefault(entry.place, entry.native)
@@ -200,6 +219,11 @@ class _Building:
         return _with_magnitude(inner, self.store.tensor(magnitude.key), magnitude.spelling.axis)
 
     def _tensor(self, role: Role) -> Tensor:
+        info = self.store.tensors[role.key]
+        if info.dtype in _NOT_REAL:
+            raise StoreError(
+                f"{self.where}: `{role.key}` is {info.dtype}; a change is made of real numbers", code="dtype"
+            )
         tensor = self.store.tensor(role.key)
         # Axes are given by name in our order "o r" or "r i"; a stored "r o" is its transpose.
         return tensor.T if role.spelling.axes in {"r o", "i r"} else tensor
@@ -264,23 +288,28 @@ def weight_shape(family: Family, place: Place) -> tuple[int, ...] | None:
     return (rows, *known[0][1:])
 
 
-def _no_overlap(changes: Mapping[Place, list[Change]], natives: Mapping[Place, str], where: str) -> None:
+def _no_overlap(changes: Mapping[Place, list[Change]], owners: Mapping[Place, list[str]], where: str) -> None:
     """Two changes of one kind on the same rows are a mistake of whoever wrote the file.
 
     Applying both would double the effect; taking one would lose the other.
     """
     seen: dict[tuple[str, str, str, str], list[tuple[Fraction, Fraction, str]]] = defaultdict(list)
     for place, several in changes.items():
-        for change in several:
+        for change, native in zip(several, owners[place], strict=True):
             for piece in place.span:
                 key = (place.component, place.param, piece.module, change.kind)
                 for start, stop, other in seen[key]:
                     if piece.start < stop and start < piece.stop:
-                        raise Conflict(
-                            f"{where}: `{natives[place]}` and `{other}` both change `{piece.module}`",
-                            code="duplicate-module",
-                            hint="the file holds one module twice; remove one of the two",
-                        )
+                        raise _twice(other, native, piece.module, where)
             for piece in place.span:
                 key = (place.component, place.param, piece.module, change.kind)
-                seen[key].append((piece.start, piece.stop, natives[place]))
+                seen[key].append((piece.start, piece.stop, native))
+
+
+def _twice(one: str, other: str, module: str, where: str) -> Conflict:
+    return Conflict(
+        f"{where}: `{one}` and `{other}` both change `{module}`",
+        code="duplicate-module",
+        hint="the file holds one module twice; remove one of the two",
+        details={"modules": [one, other], "changes": module},
+    )

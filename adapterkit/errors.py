@@ -21,7 +21,7 @@ command line, JSON output and library callers say the same thing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Union
+from typing import ClassVar, Self, Union
 
 Json = Union[str, int, float, bool, None, list["Json"], dict[str, "Json"]]
 
@@ -49,6 +49,13 @@ class AdapterkitError(Exception):
         self.code = code or self.default_code
         self.hint = hint
         self.details: dict[str, Json] = dict(details or {})
+
+    def at(self, where: str) -> Self:
+        """This error, its message beginning with where it happened if it does not yet."""
+        if not self.message.startswith(where):
+            self.message = f"{where}: {self.message}"
+            self.args = (self.message,)
+        return self
 
     def as_json(self) -> dict[str, Json]:
         return {

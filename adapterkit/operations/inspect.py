@@ -154,7 +154,7 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
     found = explanation.family
     scales, scale_problems = _scales(store, explanation)
     return Inspection(
-        path=store.label,
+        path=store.label if store.path is None else str(store.path),
         container=store.kind,
         size=store.size,
         tensors=len(store.tensors),

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from adapterkit.errors import Json, StoreError
+from adapterkit.stores.guards import shown
 from adapterkit.stores.numbers import first_number
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Store(ABC):
     @property
     def label(self) -> str:
         """How messages call this store."""
-        return str(self.path) if self.path is not None else "in memory"
+        return shown(self.path) if self.path is not None else "in memory"
 
     def __enter__(self) -> Self:
         return self
