@@ -13,15 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from adapterkit import deltas
 from adapterkit.adapter import Adapter, Receipt, weight_shape
-from adapterkit.deltas import Change, Magnitude
+from adapterkit.deltas import Magnitude
 from adapterkit.errors import Json, Refused, Unrepresentable, Untranslatable
-from adapterkit.recut import Cut, Source, recut
+from adapterkit.recut import Cut, Preparation, Source, recut
 from adapterkit.specs.families import Place, Target
 from adapterkit.specs.layouts import Layout, layouts
 from adapterkit.specs.tuner_config import ModuleScale
-from adapterkit.spell import Site, cast_float, spell
+from adapterkit.spell import Site, spell
 from adapterkit.stores import TensorInfo, canonical_order, dtype_name
 
 # Kinds that change a layer's own tensors; every other stands in a layer around it.
@@ -131,7 +130,7 @@ class Plan:
                 yield info.name, self.passengers[info.name]
                 continue
             if made[0] is not module:
-                made = (module, _tensors(module, self.options))
+                made = (module, _tensors(module))
             yield info.name, self._checked(info.name, made[1][info.name])
 
     def _checked(self, key: str, tensor: Tensor) -> Tensor:
@@ -162,11 +161,10 @@ def info_of(key: str, tensor: Tensor) -> TensorInfo:
     return TensorInfo(key, dtype_name(tensor.dtype), tuple(tensor.shape))
 
 
-def _tensors(module: Module, options: Options) -> dict[str, Tensor]:
+def _tensors(module: Module) -> dict[str, Tensor]:
     change = module.cut.make()
     assert change is not None
-    tensors = spell(change, module.site).tensors
-    return {key: cast_float(tensor, options.dtype) for key, tensor in tensors.items()}
+    return spell(change, module.site).tensors
 
 
 def make_plan(adapter: Adapter, target: Target, options: Options | None = None) -> Plan:
@@ -180,6 +178,12 @@ def make_plan(adapter: Adapter, target: Target, options: Options | None = None) 
     for component in adapter.components:
         planning.add_component(component)
     passengers = planning.passengers()
+    if not planning.modules:
+        raise Refused(
+            f"nothing of the adapter is left in {planning.layout.title}",
+            code="nothing-left",
+            hint="choose another format, or allow less to be left out",
+        )
     return Plan(
         adapter=adapter,
         target=target,
@@ -201,7 +205,6 @@ class _Planning:
     idle: list[str] = field(default_factory=list)
     lost: dict[Place, str] = field(default_factory=dict)
     dropped_passengers: list[str] = field(default_factory=list)
-    rounded: set[Place] = field(default_factory=set)
     taken: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -209,8 +212,13 @@ class _Planning:
         return layouts()[self.target.layout]
 
     def add_component(self, component: str) -> None:
+        preparation = Preparation(
+            self.options.as_lora,
+            "magnitude" in self.options.allow and not writes_magnitude(self.layout),
+            self.options.fold,
+        )
         sources = [
-            Source(place, self._folded(place, self._prepared(change)))
+            Source(place, change, preparation)
             for place, changes in self.adapter.changes.items()
             if place.component == component
             for change in changes
@@ -219,6 +227,7 @@ class _Planning:
         if prefix is None:
             self._nameless(sources, component)
             return
+        self._require_meaning(component)
         found = recut(sources, self.adapter.family.names(component, prefix.naming))
         self._nameless(found.nameless, component)
         scales: dict[str, float] = {}
@@ -228,22 +237,17 @@ class _Planning:
             wrapped = cut.row.native in wrapping or (cut.kind == "tokens" and bool(wrapping))
             self._add(cut, component, prefix.text, scales, wrapped)
 
-    def _prepared(self, change: Change) -> Change:
-        if isinstance(change, Magnitude):
-            if "magnitude" in self.options.allow and not writes_magnitude(self.layout):
-                return self._prepared(change.inner)
-            return replace(change, inner=self._prepared(change.inner))
-        if self.options.as_lora and (change.kind != "lora" or "mid" in change.tensors()) and _expands(change):
-            change = change.low_rank()
-        return change
-
-    def _folded(self, place: Place, change: Change) -> Change:
-        if not self.options.fold:
-            return change
-        folded, exact = deltas.fold(change)
-        if not exact:
-            self.rounded.add(place)
-        return folded
+    def _require_meaning(self, component: str) -> None:
+        """Refuse to part tensors from a configuration without which they mean another change."""
+        config = self.adapter.tuners.get(component) or self.adapter.tuners.get("")
+        if config is not None and config.needs_itself is not None and not self.layout.folder:
+            raise Unrepresentable(
+                f"the adapter depends on `{config.needs_itself}` of its configuration, which "
+                f"{self.layout.title} cannot say",
+                code="config-needed",
+                hint="only PEFT applies it rightly: bake it there, or convert it to a plain LoRA there",
+                details={"field": config.needs_itself},
+            )
 
     def _nameless(self, sources: Sequence[Source], component: str) -> None:
         if not sources:
@@ -268,7 +272,9 @@ class _Planning:
             scale_home=self.target.scale,
             of_norm=self._is_vector(cut, component),
             wrapped=wrapped,
-            beside=scales.get(native, 1.0),
+            beside=scales.get(native),
+            biased=self._has_bias(cut, component),
+            dtype=self.options.dtype,
         )
         try:
             change = cut.make()
@@ -281,20 +287,23 @@ class _Planning:
                 self.lost.update((s.place, error.code) for part in cut.parts if (s := part.source))
                 return
             raise
-        if spelled.scale is not None:
+        if spelled.scale is not None and spelled.kind == "lora":
             scales[native] = spelled.scale
-        tensors = {
-            key: info_of(key, cast_float(tensor, self.options.dtype))
-            for key, tensor in spelled.tensors.items()
-        }
+        tensors = {key: info_of(key, tensor) for key, tensor in spelled.tensors.items()}
         self._require_free(tensors, native, component)
         scale = None
         if spelled.scale is not None:
             scale = ModuleScale(cut.row.native, spelled.rank or 0, spelled.scale)
-        exact = spelled.exact and not any(s.place in self.rounded for part in cut.parts if (s := part.source))
+        exact = spelled.exact and all(
+            s.preparation.exact(s.original) for part in cut.parts if (s := part.source)
+        )
         self.modules.append(
             Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, exact)
         )
+
+    def _has_bias(self, cut: Cut, component: str) -> bool:
+        network = self.adapter.family.network(component)
+        return network is not None and any(f"{piece.module}.bias" in network.shapes for piece in cut.row.span)
 
     def _is_vector(self, cut: Cut, component: str) -> bool:
         source = next((part.source for part in cut.parts if part.source), None)
@@ -303,7 +312,7 @@ class _Planning:
         shape = weight_shape(self.adapter.family, replace(source.place, param="weight"))
         if shape is not None:
             return len(shape) == 1
-        return cut.param == "weight" and len(source.change.shape) == 1
+        return cut.param == "weight" and len(source.original.shape) == 1
 
     def _require_free(self, keys: Collection[str], native: str, component: str) -> None:
         file = component if self.layout.folder else ""
@@ -353,7 +362,3 @@ class _Planning:
 def writes_magnitude(layout: Layout) -> bool:
     """Whether a layout has a name for DoRA's magnitudes."""
     return layout.spelling("", "magnitude", "weight", "") is not None
-
-
-def _expands(change: Change) -> bool:
-    return type(change).low_rank is not Change.low_rank

@@ -23,7 +23,8 @@ class Site:
 
     native: the module's full name in the target, prefix included.
     of_norm: its weight is a vector.  wrapped: another kind of change wraps it.
-    beside: the scale of the module's own change, which applies to a bias inside the same layer.
+    beside: the scale of the module's own LoRA, which applies to a bias inside the same layer; None
+    if it has none.  biased: the model's module has a bias.  dtype: of the written factors; None: as stored.
     """
 
     layout: Layout
@@ -33,7 +34,9 @@ class Site:
     scale_home: ScaleHome
     of_norm: bool = False
     wrapped: bool = False
-    beside: float = 1.0
+    beside: float | None = None
+    biased: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def spell(change: Change, site: Site) -> Spelled:
     tensors = {}
     for role, tensor in _role_tensors(inner, kind, site).items():
         spelling = _spelling(kind, role, site)
-        tensors[site.native + spelling.suffix] = tensor.T if spelling.axes in {"r o", "i r"} else tensor
+        stored = tensor.T if spelling.axes in {"r o", "i r"} else tensor
+        tensors[site.native + spelling.suffix] = _cast(stored, kind, site.dtype)
     if scale is not None and site.scale_home == "alpha" and inner.rank is not None:
         tensors[site.native + _modifier("alpha", site).suffix] = _scalar(scale * inner.rank)
     if (limit := getattr(inner, "constraint", None)) is not None:
@@ -136,6 +140,13 @@ def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float
         if not spelling.scaled:
             folded, exact = deltas.fold(inner)
             return folded, None, exact
+        if not site.beside:
+            raise Unrepresentable(
+                f"{site.layout.title} has a bias only beside a LoRA, and `{site.native}` has none",
+                code="bias-alone",
+                hint="kohya and ComfyUI files can say it; --allow untranslatable leaves it out",
+                details={"module": site.native},
+            )
         folded, exact = deltas.fold(replace(inner, scale=inner.scale / site.beside))
         return folded, None, exact
     scale = getattr(inner, "scale", None)
@@ -159,6 +170,13 @@ def _scaling(inner: Scaling, site: Site) -> dict[str, Tensor]:
     keeps_flag = _find("ia3", "on_input", site) is not None
     if inner.additive is keeps_flag:
         return inner.tensors()
+    if site.biased and not inner.on_input:
+        raise Unrepresentable(
+            f"PEFT's IA³ scales the bias of `{site.native}` as well, LyCORIS's does not",
+            code="ia3-bias",
+            hint="keep the format it has, or bake it into the base",
+            details={"module": site.native},
+        )
     shift = -1.0 if keeps_flag else 1.0
     vector = (inner.vector.to(torch.float32) + shift).to(inner.vector.dtype).reshape(-1)
     if keeps_flag:
@@ -188,8 +206,12 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-def cast_float(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in `dtype` if it holds floating-point numbers of another; scalars stay as they are."""
-    if dtype is None or not tensor.is_floating_point() or tensor.ndim == 0:
+def _cast(tensor: Tensor, kind: str, dtype: torch.dtype | None) -> Tensor:
+    """A factor in `dtype`.
+
+    Vectors stay as they are: they are small, and IA³'s numbers, like DoRA's magnitudes, act on the
+    base's whole weight, so that rounding them would move it by more than the adapter does.
+    """
+    if dtype is None or not tensor.is_floating_point() or tensor.ndim < 2 or kind == "ia3":
         return tensor
     return tensor.to(dtype)

@@ -11,9 +11,10 @@ from adapterkit.adapter import Adapter, Receipt, read_adapter
 from adapterkit.compare import Difference, differences, units
 from adapterkit.detect import explain
 from adapterkit.errors import Json, Refused, UsageError, VerificationFailed
-from adapterkit.metadata import component_config, output_metadata
+from adapterkit.metadata import output_metadata
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
+from adapterkit.peft_config import component_config
 from adapterkit.plan import Options, Plan, make_plan
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.tuner_config import CONFIG_FILE

@@ -21,6 +21,12 @@ from adapterkit.errors import Json, StoreError
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
 
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CHANGES_THE_MEANING = (
+    *("use_qalora", "use_bdlora", "kasa_config", "arrow_config"),
+    *("alora_invocation_tokens", "layer_replication"),
+)
+
 
 @dataclass(frozen=True)
 class TunerConfig:
@@ -58,6 +64,18 @@ class TunerConfig:
         if isinstance(given, dict):
             given = next((v for name, v in given.items() if f".{module}".endswith(f".{name}")), None)
         return tuple(int(cast(int, index)) for index in given) if isinstance(given, list) else None
+
+    @property
+    def needs_itself(self) -> str | None:
+        """The field, if there is one, without which the tensors mean another change.
+
+        Some initialisations subtract the initial product from the base, which PEFT does again on
+        loading; some tensors are packed or apply to some inputs only.
+        """
+        start = self.values.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+            return "init_lora_weights"
+        return next((name for name in _CHANGES_THE_MEANING if self.values.get(name)), None)
 
     def alpha(self, module: str) -> float | None:
         """lora_alpha (alpha for LoHa and LoKr) of a module, or None if the config has none."""
