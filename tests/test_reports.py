@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console, RenderableType
 
+from adapterkit.key_patterns import key_patterns
 from adapterkit.reports import words
 from adapterkit.reports.words import (
     counted,
@@ -71,7 +72,7 @@ def test_shares_have_two_digits_that_count(part: int, whole: int, text: str) -> 
 
 @pytest.mark.parametrize(
     ("error", "text"),
-    [(0.0, "0"), (1e-300, "1.0e-300"), (8.9e-16, "8.9e-16"), (0.5, "5.0e-01"), (math.inf, "∞")],
+    [(0.0, "0"), (1e-300, "1e-300"), (8.9e-16, "8.9e-16"), (0.0016, "0.0016"), (0.5, "0.5"), (math.inf, "∞")],
 )
 def test_an_error_is_nothing_only_if_it_is_nothing(error: float, text: str) -> None:
     assert error_words(error) == text
@@ -130,3 +131,21 @@ def test_nothing_is_lost_where_it_is_narrow(width: int) -> None:
         text = drawn(report, width)
         assert text.count("x") == 100
         assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize(
+    ("keys", "texts"),
+    [
+        (["a.0.w", "a.1.w", "a.2.w"], ["a.{0..2}.w"]),
+        (["a_0_b.w", "a_7_b.w"], ["a_{0,7}_b.w"]),
+        (["a.1.w", "a.3.w", "a.5.w", "a.7.w", "a.9.w"], ["a.{1,3,…,9}.w"]),
+        (["a.0.fc1", "a.0.fc2"], ["a.0.fc1", "a.0.fc2"]),
+        (["b", "a.4", "b.c"], ["b", "a.4", "b.c"]),
+        (["a.0.1", "a.1.0"], ["a.{0..1}.{0..1}"]),
+    ],
+)
+def test_keys_that_differ_in_numbers_alone_are_one_pattern(keys: list[str], texts: list[str]) -> None:
+    found = key_patterns(keys)
+    assert [pattern.text for pattern in found] == texts
+    assert sorted(key for pattern in found for key in pattern.keys) == sorted(keys)
+    assert sum(pattern.count for pattern in found) == len(keys)

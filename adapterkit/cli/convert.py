@@ -117,6 +117,8 @@ def _plan(output: Output, sources: Sequence[str], to: str, options: ConvertOptio
             documents.append(plan_json(source, outcome))
         else:
             output.show(plan_report(source, outcome))
+            if source is not sources[-1]:
+                output.show("")
     if output.json:
         output.document("plan", {"plans": documents})
     return worst(outcomes)

@@ -55,7 +55,7 @@ def error_words(error: float) -> str:
     """A relative error; 0 is said only of what is the same bit for bit."""
     if math.isinf(error):
         return "∞"
-    return "0" if error == 0 else f"{error:.1e}"
+    return f"{error:.2g}"
 
 
 def tally(counts: Mapping[str, int], most: int = 4) -> str:
