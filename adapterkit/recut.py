@@ -8,30 +8,82 @@ stacked to the target's rows, all of it exact (see `adapterkit.deltas`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
 from adapterkit import deltas
 from adapterkit.deltas import Change
 from adapterkit.deltas.zero import is_zero
-from adapterkit.errors import Mismatch
+from adapterkit.errors import Mismatch, Unrepresentable
 from adapterkit.specs.families import Names, Place
 from adapterkit.specs.names import Piece, Row, Span
 
 
 @dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is done to every change before it is cut, when it is asked for and not sooner.
+
+    expand: kinds that have an exact low-rank form become it.  bare: DoRA loses its magnitudes.
+    fold: the scale goes into the factors.
+    """
+
+    expand: bool = False
+    bare: bool = False
+    fold: bool = False
+
+    def of(self, change: Change) -> Change:
+        """The prepared change; the change itself if there is nothing to do."""
+        if isinstance(change, deltas.Magnitude):
+            inner = self.of(change.inner)
+            return inner if self.bare else change if inner is change.inner else replace(change, inner=inner)
+        if self.expand and expands(change):
+            change = change.low_rank()
+        return deltas.fold(change)[0] if self.fold else change
+
+    def kind(self, change: Change) -> str:
+        """The kind it will be, with `dora` before it if it has magnitudes."""
+        if isinstance(change, deltas.Magnitude):
+            inner = self.kind(change.inner)
+            return inner if self.bare else f"dora {inner}"
+        return "lora" if self.expand and expands(change) else change.kind
+
+    def exact(self, change: Change) -> bool:
+        """Whether folding, if it is asked for, rounds nothing."""
+        return not self.fold or deltas.fold(replace(self, fold=False).of(change))[1]
+
+
+def expands(change: Change) -> bool:
+    """Whether a change has an exact low-rank form that is another than its own."""
+    if change.kind == "lora":
+        return "mid" in change.tensors()
+    return type(change).low_rank is not Change.low_rank
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """One change with the place it comes from."""
+    """One change with the place it comes from.
+
+    original: as it was read; `change` is the prepared one, made anew each time, so that no more
+    than one is held.
+    """
 
     place: Place
-    change: Change
+    original: Change
+    preparation: Preparation = Preparation()
+
+    @property
+    def change(self) -> Change:
+        return self.preparation.of(self.original)
 
     @property
     def kind(self) -> str:
-        inner = self.change.inner if isinstance(self.change, deltas.Magnitude) else self.change
-        return f"dora {inner.kind}" if inner is not self.change else inner.kind
+        return self.preparation.kind(self.original)
+
+    @property
+    def rows(self) -> int | None:
+        return self.original.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +121,7 @@ class Cut:
 
     @staticmethod
     def _is_whole(part: Part) -> bool:
-        return part.source is not None and part.start == 0 and part.stop == (part.source.change.rows or 0)
+        return part.source is not None and part.start == 0 and part.stop == (part.source.rows or 0)
 
     def make(self) -> Change | None:
         """The change of this native tensor; None if it turns out to change nothing.
@@ -92,9 +144,10 @@ class Cut:
             if part.source is None:
                 parts.append(None)
                 continue
-            piece = part.source.change.take(part.start, part.stop)
-            idle = piece is not part.source.change and is_zero(piece)
-            parts.append(None if idle and not is_zero(part.source.change) else piece)
+            whole = part.source.change
+            piece = whole.take(part.start, part.stop)
+            idle = piece is not whole and is_zero(piece)
+            parts.append(None if idle and not is_zero(whole) else piece)
         if all(part is None for part in parts):
             return None
         made = deltas.stack(parts, [part.height for part in self.parts])
@@ -134,7 +187,7 @@ def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
         if row is None:
             apart.append(source)
         else:
-            cuts.append(Cut(row, param, (Part(source, 0, source.change.rows or 0),)))
+            cuts.append(Cut(row, param, (Part(source, 0, source.rows or 0),)))
     rows, nameless = _rows_for(apart, names, param)
     reached = {piece.module for row in rows for piece in row.span}
     pieces = _by_module(s for s in stream if any(piece.module in reached for piece in s.place.span))
@@ -143,7 +196,11 @@ def _recut_stream(stream: Sequence[Source], names: Names, param: str) -> Recut:
 
 
 def _rows_for(sources: Sequence[Source], names: Names, param: str) -> tuple[tuple[Row, ...], list[Source]]:
-    """The target's rows that these sources reach, and the sources that it cannot name in full."""
+    """The target's rows that these sources reach, and the sources that it cannot name in full.
+
+    Rows that a source does not change need no name: XLabs has none for the last rows of a fused
+    layer, and a file that came from it has zeros there.
+    """
     rows: dict[str, Row] = {}
     nameless: list[Source] = []
     for source in sources:
@@ -154,11 +211,25 @@ def _rows_for(sources: Sequence[Source], names: Names, param: str) -> tuple[tupl
             if row.param in (None, param)
         ]
         named = {piece.module for row in reached for piece in row.span}
-        if any(piece.module not in named for piece in source.place.span):
+        unnamed = {piece.module for piece in source.place.span} - named
+        if not reached or (unnamed and not _leaves_alone(source, unnamed)):
             nameless.append(source)
         else:
             rows.update((row.native, row) for row in reached)
     return tuple(rows.values()), nameless
+
+
+def _leaves_alone(source: Source, modules: Collection[str]) -> bool:
+    """Whether a change is exactly zero on its rows of these modules, where that can be told."""
+    try:
+        parts = [
+            source.change.take(stretch.first, stretch.first + stretch.height)
+            for stretch in stretches(source)
+            if stretch.piece.module in modules
+        ]
+    except Unrepresentable:
+        return False
+    return all(is_zero(part) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +254,7 @@ def stretches(source: Source) -> Iterable[Stretch]:
     """Where each piece of a source's span lies in its rows; Mismatch if they cannot be shared out."""
     span = source.place.span
     total = sum(piece.weight for piece in span)
-    rows = source.change.rows
+    rows = source.rows
     if rows is None or rows % total:
         raise Mismatch(
             f"`{span[0].module}` and {len(span) - 1} more cannot share {rows} rows in {total} equal parts",
