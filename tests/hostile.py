@@ -42,7 +42,7 @@ BROKEN_SAFETENSORS: list[tuple[str, bytes, str, str]] = [
     ("cut at 1 %", safetensors_bytes(GOOD)[:9], "truncated", "the header alone takes"),
     ("cut in half", safetensors_bytes(GOOD)[:70], "truncated", "cut short"),
     ("the last byte missing", safetensors_bytes(GOOD)[:-1], "truncated", "the file has"),
-    ("trailing bytes", safetensors_bytes(GOOD) + b"PK", "trailing-bytes", "2 bytes follow the last tensor"),
+    ("trailing bytes", safetensors_bytes(GOOD) + b"PK", "trailing-bytes", ": 2 bytes follow the last tensor"),
     ("header of 2**64 - 1", b"\xff" * 8 + b"{" + bytes(99), "limit", "18446744073709551615"),
     ("header of 2**63", struct.pack("<Q", 1 << 63) + b"{" + bytes(99), "limit", "9223372036854775808"),
     ("header of 100 MB + 1", struct.pack("<Q", 100_000_001) + b"{" + bytes(99), "limit", "100000001"),

@@ -136,6 +136,49 @@ def attacks(canary: Path) -> dict[str, tuple[bytes, str]]:
 BOMBS: dict[str, tuple[bytes, str]] = {
     "a text longer than the file": (b"\x80\x02\x8d" + b"\xff" * 8 + b".", "bytes are promised"),
     "a name that is no text": (b"\x80\x04K\x01K\x02\x93.", "not text"),
+    "a text a little longer than the file": (b"\x80\x02X\x10\0\0\0abc.", "bytes are promised"),
+    "a name of one text and one number": (b"\x80\x04" + text("os") + b"K\x02\x93.", "not text"),
+    "a pair for a list": (b"\x80\x02]Na" + b"K\x00Ns.", "only a dictionary takes pairs"),
+    "an ordered dict of a dict": (
+        state_dict(b"ccollections\nOrderedDict\n(}" + text("ab") + b"NstR"),
+        "an ordered dictionary of something odd",
+    ),
+    "a storage of no type": (
+        state_dict(b"(" + text("storage") + text("float") + text("0") + text("cpu") + b"K\x01tQ"),
+        "no storage",
+    ),
+    "a storage without a key": (
+        state_dict(b"(" + text("storage") + b"ctorch\nFloatStorage\nK\x00" + text("cpu") + b"K\x01tQ"),
+        "no storage",
+    ),
+    "a storage of no size": (
+        state_dict(b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"NtQ"),
+        "not a natural number",
+    ),
+    "a numpy number of no dtype": (
+        state_dict(b"cnumpy.core.multiarray\nscalar\n(" + text("f8") + b"C\x08" + bytes(8) + b"tR"),
+        "an odd numpy scalar",
+    ),
+    "a numpy number of big-endian bytes": (
+        state_dict(b"cnumpy\ndtype\n(" + text("f8") + b"tR(K\x03" + text(">") + b"tb"),
+        "not little-endian",
+    ),
+    "a numpy number of objects": (
+        state_dict(b"cnumpy\ndtype\n(" + text("O8") + b"tR"),
+        "unknown numpy dtype",
+    ),
+    "bytes in another encoding": (
+        state_dict(b"c_codecs\nencode\n(" + text("x") + text("rot13") + b"tR"),
+        "oddly encoded",
+    ),
+    "a conjugate tensor": (
+        state_dict(tensor((1,), (1,), 1)[:-2] + b"}" + text("conj") + b"\x88stR"),
+        "conjugate",
+    ),
+    "a tensor rebuilt by rebuilding": (
+        state_dict(b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)}tR"),
+        "made in an unknown way",
+    ),
     "a memo index that was never set": (b"\x80\x02}r\xff\xff\xff\xffj\xfe\xff\xff\xff.", "damaged"),
     "a dict that holds itself": (b"\x80\x02}q\x00" + text("a") + b"h\x00s.", "nested too deeply"),
     "a list that holds itself": (state_dict(b"]q\x00h\x00a"), "nested too deeply"),

@@ -50,7 +50,7 @@ def odd_views() -> dict[str, torch.Tensor]:
 
 
 @WAYS
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_every_tensor_is_what_torch_loads(tmp_path: Path, as_zip: bool, protocol: int) -> None:
     tensors = OrderedDict(every_dtype() | odd_views())
     if not as_zip:
@@ -66,6 +66,14 @@ def test_every_tensor_is_what_torch_loads(tmp_path: Path, as_zip: bool, protocol
         check_store_holds(store, expected)
         assert (store.kind, store.path, store.size) == ("pickle", path, path.stat().st_size)
         assert not store.warnings
+
+
+def test_a_tensor_that_lies_in_order_is_not_copied(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pt", {"a": torch.ones(4, 4), "b": torch.ones(4, 4).t()})
+    with open_store(path) as store:
+        assert store.tensor("a").data_ptr() == store.tensor("a").data_ptr()
+        one, other = store.tensor("b"), store.tensor("b")
+        assert one.data_ptr() != other.data_ptr()
 
 
 @WAYS
@@ -88,6 +96,7 @@ def test_a_compressed_file_is_read_too(tmp_path: Path) -> None:
 
 
 X = torch.ones(2)
+NUMBERS = [0, -1, 255, 256, 70_000, -(1 << 31), 1 << 40, -(1 << 70), 1e300]
 CHECKPOINTS: list[tuple[str, object, dict[str, torch.Tensor], dict[str, object], int]] = [
     ("a state dict in a checkpoint", {"state_dict": {"w": X}, "epoch": 5, "lr": 0.5, "name": "n"},
      {"w": X}, {"epoch": 5, "lr": 0.5, "name": "n"}, 0),
@@ -97,6 +106,11 @@ CHECKPOINTS: list[tuple[str, object, dict[str, torch.Tensor], dict[str, object],
     ("a tensor beside the wrapper", {"model": {"w": X}, "v": X}, {"model.w": X, "v": X}, {}, 0),
     ("dicts in dicts", {"unet": {"b": {"w": X}}, "te": [X, {"v": X}]},
      {"unet.b.w": X, "te.0": X, "te.1.v": X}, {}, 0),
+    ("a wrapper's word for something else", {"model": {"name": "x"}, "lora": {"w": X}},
+     {"w": X}, {"model": {"name": "x"}}, 0),
+    ("long texts and bytes", {"w": X, "long": "ü" * 70_000, "raw": b"\x00" * 300},
+     {"w": X}, {"long": "ü" * 70_000, "raw": "00" * 300}, 0),
+    ("numbers of every size", {"w": X, "n": NUMBERS}, {"w": X}, {"n": NUMBERS}, 0),
     ("numbers as keys", {1: X, "t": {True: X}}, {"1": X, "t.True": X}, {}, 0),
     ("settings", {"w": X, "cfg": {"r": 4, "targets": ["q", None]}, "size": torch.Size([2, 3]), "none": None},
      {"w": X}, {"cfg": {"r": 4, "targets": ["q", None]}, "size": [2, 3], "none": None}, 0),
@@ -225,6 +239,7 @@ def test_a_pickle_of_endless_steps_is_refused(tmp_path: Path) -> None:
         ((2,), (-1,), 3),
         ((2,), (1,), -1),
         ((2,), (1, 1), 0),
+        ((0, 1 << 62, 1 << 62), (1, 1, 1), 0),
         ((1,) * 9, (1,) * 9, 0),
     ],
 )
@@ -388,11 +403,30 @@ def test_a_large_checkpoint_opens_quickly(tmp_path: Path) -> None:
     assert time.process_time() - start < 1.5
 
 
-def test_views_of_old_files_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "count"), [(2, 3), (0, 6), (0, 3), (3, 3)])
+def test_views_of_old_files_are_read(tmp_path: Path, first: int, count: int) -> None:
     """torch before 0.4 wrote a storage that is part of another one as a view of it."""
-    part = b"(" + text("view") + b"K\x02K\x03t"
-    made = tensor((3,), (1,), 6, view=part)
-    data = struct.pack("<q6f", 6, 0, 1, 2, 3, 4, 5)
+    numbers = torch.arange(6.0)
+    made = tensor((count,), (1,), 6, view=b"(" + text("view") + bytes([75, first, 75, count]) + b"t")
+    data = struct.pack("<q6f", 6, *numbers.tolist())
     (tmp_path / "x.pt").write_bytes(torch_legacy(state_dict(made), data, ("0",)))
     with open_store(tmp_path / "x.pt") as store:
-        assert same_bits(store.tensor("a"), torch.tensor([2.0, 3.0, 4.0]))
+        assert same_bits(store.tensor("a"), numbers[first : first + count])
+
+
+@pytest.mark.parametrize(
+    "view", [b"K\x04K\x03", b"J\xff\xff\xff\xffK\x01", b"NK\x01", b"K\x04J\xff\xff\xff\xff"]
+)
+def test_views_that_leave_their_storage_are_refused(tmp_path: Path, view: bytes) -> None:
+    made = tensor((1,), (1,), 6, view=b"(" + text("view") + view + b"t")
+    (tmp_path / "x.pt").write_bytes(torch_legacy(state_dict(made), bytes(32), ("0",)))
+    with pytest.raises(StoreError, match="a view that leaves its storage"):
+        open_store(tmp_path / "x.pt")
+
+
+def test_a_storage_described_twice_is_refused(tmp_path: Path) -> None:
+    one, other = tensor((1,), (1,), 6, view=b"N"), tensor((1,), (1,), 7, view=b"N")
+    pickled = b"\x80\x02}" + text("a") + one + b"s" + text("b") + other + b"s."
+    (tmp_path / "x.pt").write_bytes(torch_legacy(pickled, bytes(40), ("0",)))
+    with pytest.raises(StoreError, match="described twice"):
+        open_store(tmp_path / "x.pt")

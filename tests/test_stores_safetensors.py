@@ -215,6 +215,11 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_aligned_tensors_are_not_copied(tmp_path: Path) -> None:
+    with open_store(written(tmp_path, hostile.safetensors_bytes(hostile.GOOD))) as store:
+        assert store.tensor("a").data_ptr() == store.tensor("a").data_ptr()
+
+
 def test_tensors_outlive_their_store(tmp_path: Path) -> None:
     save_file({"a": torch.arange(1000.0)}, tmp_path / "x.safetensors")
     with open_store(tmp_path / "x.safetensors") as store:

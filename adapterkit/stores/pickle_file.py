@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import StoreError
@@ -89,10 +90,12 @@ def _require_inside(name: str, view: TensorRef, where: str, limits: Limits) -> N
         raise StoreError(f"{where}: tensor `{name}` has {len(view.shape)} dimensions", code="limit")
     width = _item_bytes(view)
     held = view.storage.elements * view.storage.item_bytes
-    elements = TensorInfo(name, view.dtype, view.shape).elements
+    # Sizes beside a zero are counted too, because torch's own arithmetic may overflow on them.
+    most = math.prod(filter(None, view.shape))
     axes = zip(view.shape, view.strides, strict=True)
     last = view.offset + sum((size - 1) * stride for size, stride in axes)
-    if elements and ((last + 1) * width > held or elements * width > held):
+    reaches = 0 not in view.shape and max(last + 1, most) * width > held
+    if reaches or most * width >= 1 << 63:
         raise StoreError(
             f"{where}: tensor `{name}` reaches out of its storage", code="offsets", details={"tensor": name}
         )
