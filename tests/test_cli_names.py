@@ -8,6 +8,8 @@ import pytest
 from cli_support import QKV, flux, lora, run
 from safetensors.torch import save_file
 
+from adapterkit.errors import StoreError
+
 EVIL = [
     "\x1b[31mred\x1b[0m",
     "\x1b]0;title\x07",
@@ -81,3 +83,23 @@ def test_a_path_that_is_not_there_is_named_in_printable_words(name: str) -> None
     assert result.exit_code == 2
     assert result.stderr.startswith("error[")
     assert printable(result.stderr)
+
+
+@pytest.mark.parametrize("text", [*EVIL, "new\nline"])
+def test_a_file_name_stands_on_one_printable_line(text: str, tmp_path: Path) -> None:
+    flux(tmp_path / f"{text.replace('/', '')}.safetensors")
+    (path,) = tmp_path.iterdir()
+    first, *_ = run("inspect", path, columns=500).stdout.splitlines()
+    assert first.isprintable()
+    assert first.endswith(".safetensors")
+
+
+@pytest.mark.parametrize("text", [*EVIL, "new\nline"])
+def test_a_message_that_quotes_a_file_is_printable(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise StoreError(f"bad `{text}`", hint=f"not `{text}`")
+
+    monkeypatch.setattr("adapterkit.operations.diff.diff", refuse)
+    message, hint = run("diff", "a", "b", columns=500).stderr.splitlines()
+    assert message.startswith("error[store]: bad `")
+    assert (message + hint).isprintable()
