@@ -274,6 +274,7 @@ class _Planning:
             wrapped=wrapped,
             beside=scales.get(native),
             biased=self._has_bias(cut, component),
+            unused_alpha=self._alpha(cut),
             dtype=self.options.dtype,
         )
         try:
@@ -300,6 +301,12 @@ class _Planning:
         self.modules.append(
             Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, exact)
         )
+
+    def _alpha(self, cut: Cut) -> float:
+        """The alpha that the file gives the first source of a cut, or 1."""
+        sources = [part.source for part in cut.parts if part.source is not None]
+        found = self.adapter.scales.get(sources[0].place) if sources else None
+        return found.alpha if found is not None and found.alpha is not None else 1.0
 
     def _has_bias(self, cut: Cut, component: str) -> bool:
         network = self.adapter.family.network(component)

@@ -40,7 +40,7 @@ class Preparation:
             return inner if self.bare else change if inner is change.inner else replace(change, inner=inner)
         if self.expand and expands(change):
             change = change.low_rank()
-        return deltas.fold(change)[0] if self.fold else change
+        return deltas.fold_closely(change)[0] if self.fold else change
 
     def kind(self, change: Change) -> str:
         """The kind it will be, with `dora` before it if it has magnitudes."""
@@ -51,7 +51,7 @@ class Preparation:
 
     def exact(self, change: Change) -> bool:
         """Whether folding, if it is asked for, rounds nothing."""
-        return not self.fold or deltas.fold(replace(self, fold=False).of(change))[1]
+        return not self.fold or deltas.fold_closely(replace(self, fold=False).of(change))[1]
 
 
 def expands(change: Change) -> bool:

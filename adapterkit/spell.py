@@ -24,7 +24,9 @@ class Site:
     native: the module's full name in the target, prefix included.
     of_norm: its weight is a vector.  wrapped: another kind of change wraps it.
     beside: the scale of the module's own LoRA, which applies to a bias inside the same layer; None
-    if it has none.  biased: the model's module has a bias.  dtype: of the written factors; None: as stored.
+    if it has none.  biased: the model's module has a bias.  unused_alpha: what stands beside factors
+    without a rank, where readers want an alpha and do not use it (LyCORIS fails without, v4.1.3
+    lycoris/modules/lokr.py make_module_from_state_dict).  dtype: of the written factors; None: as stored.
     """
 
     layout: Layout
@@ -36,6 +38,7 @@ class Site:
     wrapped: bool = False
     beside: float | None = None
     biased: bool = False
+    unused_alpha: float = 1.0
     dtype: torch.dtype | None = None
 
 
@@ -66,8 +69,9 @@ def spell(change: Change, site: Site) -> Spelled:
         spelling = _spelling(kind, role, site)
         stored = tensor.T if spelling.axes in {"r o", "i r"} else tensor
         tensors[site.native + spelling.suffix] = _cast(stored, kind, site.dtype)
-    if scale is not None and site.scale_home == "alpha" and inner.rank is not None:
-        tensors[site.native + _modifier("alpha", site).suffix] = _scalar(scale * inner.rank)
+    if scale is not None and site.scale_home == "alpha":
+        alpha = site.unused_alpha if inner.rank is None else scale * inner.rank
+        tensors[site.native + _modifier("alpha", site).suffix] = _scalar(alpha)
     if (limit := getattr(inner, "constraint", None)) is not None:
         tensors[site.native + _modifier("alpha", site).suffix] = _scalar(limit)
     if magnitude is not None:
@@ -138,7 +142,7 @@ def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float
     if isinstance(inner, Whole):
         spelling = _spelling(kind, "value", site)
         if not spelling.scaled:
-            folded, exact = deltas.fold(inner)
+            folded, exact = deltas.fold_closely(inner)
             return folded, None, exact
         if not site.beside:
             raise Unrepresentable(
@@ -147,14 +151,14 @@ def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float
                 hint="kohya and ComfyUI files can say it; --allow untranslatable leaves it out",
                 details={"module": site.native},
             )
-        folded, exact = deltas.fold(replace(inner, scale=inner.scale / site.beside))
+        folded, exact = deltas.fold_closely(replace(inner, scale=inner.scale / site.beside))
         return folded, None, exact
     scale = getattr(inner, "scale", None)
     if scale is None or not KINDS[kind].scales:
         return inner, None, True
     # Readers ignore the alpha of factors without a rank (an undecomposed LoKr); PEFT does not.
     if site.scale_home == "none" or (site.scale_home == "alpha" and inner.rank is None):
-        folded, exact = deltas.fold(inner)
+        folded, exact = deltas.fold_closely(inner)
         return folded, 1.0, exact
     return inner, float(scale), True
 

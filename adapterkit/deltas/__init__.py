@@ -8,7 +8,7 @@ from adapterkit.deltas.change import Change
 from adapterkit.deltas.compare import cosine, identical, norm, relative_error
 from adapterkit.deltas.experts import ExpertsLowRank
 from adapterkit.deltas.factored import AdaLora, TLora, Vera
-from adapterkit.deltas.fold import fold
+from adapterkit.deltas.fold import fold, fold_closely
 from adapterkit.deltas.glora import Glora
 from adapterkit.deltas.hadamard import Hadamard
 from adapterkit.deltas.kronecker import Kronecker
@@ -45,6 +45,7 @@ __all__ = [
     "build",
     "cosine",
     "fold",
+    "fold_closely",
     "identical",
     "magnitude_axis",
     "norm",
