@@ -18,7 +18,7 @@ from adapterkit import deltas
 from adapterkit.adapter import Adapter, weight_shape
 from adapterkit.deltas import Change
 from adapterkit.deltas.zero import is_zero
-from adapterkit.errors import Unrepresentable, UsageError
+from adapterkit.errors import AdapterkitError, Unrepresentable
 from adapterkit.recut import Source, Stretch, stretches
 from adapterkit.specs.families import Place
 
@@ -81,13 +81,22 @@ def differences(
     step = max(1, len(every) // sample) if sample else 1
     for unit in every[::step]:
         if unit.place is not None:
-            pairs: list[_Pair] = [(_sum(a.changes[unit.place]), _sum(b.changes[unit.place]))]
+            pairs = _by_kind(a.changes[unit.place], b.changes[unit.place])
         else:
             pairs = list(_pairs(unit.left, unit.right))
         shape = weight_shape(a.family, unit.place) if unit.place else None
         error = max((_error(one, two, shape) for one, two in pairs), default=0.0)
         cosine = _cosine(pairs) if cosines else None
         yield Difference(unit.component, unit.module, unit.param, error, cosine)
+
+
+def _by_kind(left: Sequence[Change], right: Sequence[Change]) -> list[_Pair]:
+    """Several changes of one weight, kind against kind where both sides have the same, else as sums."""
+    kinds = [change.kind for change in left]
+    if len(set(kinds)) == len(kinds) and sorted(kinds) == sorted(change.kind for change in right):
+        others = {change.kind: change for change in right}
+        return [(change, others[change.kind]) for change in left]
+    return [(_sum(left), _sum(right))]
 
 
 def _cut_up(adapter: Adapter, other: Adapter) -> dict[tuple[str, str, str], list[Stretch]]:
@@ -142,8 +151,33 @@ def _error(one: Change | None, two: Change | None, shape: tuple[int, ...] | None
         shape = (one.vector.numel(), one.vector.numel())
     try:
         return deltas.relative_error(one, two)
-    except UsageError:
+    except AdapterkitError:
+        # Its own tensors do not tell the weight's shape, or its delta is not known without the base.
+        return _by_tensors(one, two) if shape is None else _on_base(one, two, shape)
+
+
+def _on_base(one: Change, two: Change, shape: tuple[int, ...]) -> float:
+    try:
         return deltas.relative_error(one, two, shape)
+    except AdapterkitError:
+        # A model of another width than the family's.
+        return _by_tensors(one, two)
+
+
+def _by_tensors(one: Change, two: Change) -> float:
+    """The greatest relative error of the tensors themselves; infinite for changes of two kinds."""
+    left, right = one.tensors(), two.tensors()
+    if type(one) is not type(two) or left.keys() != right.keys():
+        return math.inf
+    errors = []
+    for role, tensor in left.items():
+        other = right[role]
+        if tensor.numel() != other.numel():
+            return math.inf
+        first, second = tensor.double().flatten(), other.double().flatten()
+        size = float(first.norm())
+        errors.append(float((first - second).norm()) / size if size else float(second.norm() > 0))
+    return max(errors, default=0.0)
 
 
 def _cosine(pairs: Sequence[_Pair]) -> float | None:

@@ -73,9 +73,10 @@ def _still_true(plan: Plan, modules: Sequence[Module], old: TunerConfig) -> bool
     if any(place.component == modules[0].component for place in plan.lost):
         return False
     scales = [m.scale for m in modules if m.scale is not None]
-    return all(_is_as_read(plan, module) for module in modules) and all(
-        old.scale(m.module, m.rank) == m.scale and m.rank in (0, old.rank(m.module)) for m in scales
-    )
+    # AdaLoRA's ranks change while it trains; its configuration says what was pruned.
+    same_ranks = old.peft_type == "ADALORA" or all(m.rank in (0, old.rank(m.module)) for m in scales)
+    same_scales = all(old.scale(m.module, m.rank) == m.scale for m in scales)
+    return same_ranks and same_scales and all(_is_as_read(plan, module) for module in modules)
 
 
 def _is_as_read(plan: Plan, module: Module) -> bool:
@@ -114,7 +115,7 @@ def _peft_type(modules: Iterable[Module]) -> str:
 
 
 def _fields(plan: Plan, modules: Sequence[Module], peft_type: str) -> dict[str, Json]:
-    tuned = [m for m in modules if m.kind in _TYPES and m.kind != "experts"]
+    tuned = [m for m in modules if _TYPES.get(m.kind) == peft_type and m.kind != "experts"]
     fields: dict[str, Json] = {"target_modules": _targets(plan, tuned)}
     if saved := _saved(plan, modules):
         fields["modules_to_save"] = saved
@@ -273,6 +274,8 @@ def _feedforward(tuned: Sequence[Module]) -> Json:
 def _rotation_fields(changes: Sequence[Change]) -> dict[str, Json]:
     rotations = [change for change in changes if isinstance(change, InputRotation)]
     return {
+        # The series is the one that PEFT sums since this version; older files warn.
+        "peft_version": "0.18.0",
         "r": 0,
         "oft_block_size": _same([c.block_size for c in rotations], "block sizes"),
         "block_share": _same([c.block_share for c in rotations], "shared blocks"),
