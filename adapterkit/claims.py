@@ -211,8 +211,13 @@ def _knows_any(family: Family, keys: Keys) -> bool:
     return any(family.locate(keys.layout.name, keys.layout.dot, stem) for stem in keys.stems)
 
 
-def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candidate, list[Claim]] | None:
-    """The family's best explanation: the layout that claims most, then others for what is left."""
+def candidate(
+    family: Family, claims: list[Claim], store: Store, *, asked: bool = False
+) -> tuple[Candidate, list[Claim]] | None:
+    """The family's best explanation: the layout that claims most, then others for what is left.
+
+    asked: the user named this family, so it need not be told from a stranger's.
+    """
     chosen: list[Claim] = []
     explained: set[str] = set()
     left = list(claims)
@@ -235,6 +240,8 @@ def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candid
     ]
     if family.open and not any(claim.adapts for claim in chosen):
         return None
+    if not asked and (_is_checkpoint(chosen) or (family.open and _is_flat(chosen))):
+        return None
     located = [rows for claim in chosen for rows in claim.located.values()]
     found = Candidate(
         family=family,
@@ -246,6 +253,18 @@ def candidate(family: Family, claims: list[Claim], store: Store) -> tuple[Candid
         prefixed=sum(bool(rows[0].prefix.text) for rows in located) / len(located),
     )
     return found, chosen
+
+
+def _is_checkpoint(claims: Sequence[Claim]) -> bool:
+    """Whether all that is known stands under a model's own names: a checkpoint has them, an adapter more."""
+    return not any(stem in claim.keys.modules for claim in claims for stem in claim.located)
+
+
+def _is_flat(claims: Sequence[Claim]) -> bool:
+    """Whether most names have neither a prefix nor a dot, as if a table were needed to tell their parts."""
+    names = [stem for claim in claims for stem, rows in claim.located.items() if not rows[0].prefix.text]
+    everything = sum(len(claim.located) for claim in claims)
+    return 2 * sum("." not in name for name in names) > everything
 
 
 def _evidence(family: Family, metadata: Mapping[str, str]) -> bool:

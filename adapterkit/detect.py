@@ -11,16 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterkit.claims import Candidate, Claim, candidate, choose, claims_of, shape_of
-from adapterkit.errors import Ambiguous, Json, Unrecognized
+from adapterkit.errors import Ambiguous, Json
 from adapterkit.specs.families import Family, Located, Place, families, family
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import Layout, Spelling, layouts
 from adapterkit.specs.wrappers import wrappers
 from adapterkit.stores import Store, TensorInfo
+from adapterkit.unrecognized import unrecognized
 
 # A table that knows this share of a file beats a family that takes any name as it is. Below it,
 # the file is another model's that happens to share names (HunyuanVideo has 93 % of FLUX.1's).
 _CLOSED_ENOUGH = 0.97
+# A family that knows less of a file than this shares some names with it by chance.
+_TOO_LITTLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +131,13 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
     strip = wrappers().strip
     plain = [(key, strip(key)) for key in store.tensors]
     considered = family(family_name) if family_name else families()
-    ranked = _ranked(considered, plain, store, sample=True)
+    asked = family_name is not None
+    ranked = _ranked(considered, plain, store, sample=True, asked=asked)
     if not ranked or ranked[0][0].share < 1:
         # An odd file: a few keys of another layout may have slipped through the sample.
-        ranked = _ranked(considered, plain, store, sample=False)
-    if not ranked:
-        raise _unrecognized(store)
+        ranked = _ranked(considered, plain, store, sample=False, asked=asked)
+    if not ranked or (ranked[0][0].share < _TOO_LITTLE and not asked):
+        raise unrecognized(store, plain, [c for c, _ in ranked[:3]])
     best, claims = ranked[0]
     others = [c for c, _ in ranked[1:] if c.rank == best.rank]
     result = _explanation(best.family, claims, store)
@@ -149,11 +153,11 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
 
 
 def _ranked(
-    considered: Sequence[Family], keys: Sequence[tuple[str, str]], store: Store, *, sample: bool
+    considered: Sequence[Family], keys: Sequence[tuple[str, str]], store: Store, *, sample: bool, asked: bool
 ) -> list[tuple[Candidate, list[Claim]]]:
     """The candidates, best first."""
     claims = claims_of(considered, keys, sample=sample)
-    found = [c for f in considered if (c := candidate(f, claims.get(f, []), store)) is not None]
+    found = [c for f in considered if (c := candidate(f, claims.get(f, []), store, asked=asked))]
     return _prefer_tables(sorted(found, key=lambda c: c[0].rank, reverse=True))
 
 
@@ -167,16 +171,6 @@ def _prefer_tables(ranked: list[tuple[Candidate, list[Claim]]]) -> list[tuple[Ca
         opened + closed
         if opened and (not closed or opened[0][0].share > closed[0][0].share)
         else closed + opened
-    )
-
-
-def _unrecognized(store: Store) -> Unrecognized:
-    keys = list(store.tensors)
-    shown = ", ".join(f"`{key}`" for key in keys[:3])
-    return Unrecognized(
-        f"{store.label}: no known family or layout explains any of its {len(keys)} tensors ({shown}, …)",
-        hint="`adapterkit formats` lists what can be read; a full checkpoint is not an adapter",
-        details={"tensors": len(keys), "first": list[Json](keys[:5])},
     )
 
 

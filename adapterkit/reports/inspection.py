@@ -62,7 +62,7 @@ def _kind_titles(found: Inspection) -> str:
     titles: dict[str, None] = {}
     for component in found.components:
         titles.update(dict.fromkeys(component.kinds))
-    name = " + ".join(titles)
+    name = " + ".join(titles) or "nothing whole"
     return f"{name} with DoRA" if any(c.magnitudes for c in found.components) else name
 
 
