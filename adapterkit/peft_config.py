@@ -149,7 +149,7 @@ def _change(module: Module) -> Change:
 
 
 def _names(plan: Plan, module: Module) -> list[str]:
-    """The module's name without its prefix, in every naming that the prefix can mean, shortest first.
+    """The module's name without its prefix, and the ends of it that other namings have, shortest first.
 
     A text encoder's names are written with the outer module's name, which newer models lack. PEFT
     matches the ends of names, so the shortest serves both.
@@ -159,7 +159,8 @@ def _names(plan: Plan, module: Module) -> list[str]:
     for prefix in plan.adapter.family.spelling[plan.target.layout]:
         if prefix.text == written.text and prefix.component == module.component:
             row = plan.adapter.family.names(module.component, prefix.naming).at(module.cut.row.span, "weight")
-            names += [row.native] if row is not None else []
+            if row is not None and module.path.endswith(f".{row.native}"):
+                names.append(row.native)
     return sorted(set(names), key=len)
 
 
