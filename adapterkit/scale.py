@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapterkit.detect import Entry, Explanation
-from adapterkit.errors import Conflict, Mismatch, StoreError
+from adapterkit.errors import Conflict, Json, Mismatch, StoreError
 from adapterkit.specs.kinds import KINDS
-from adapterkit.specs.tuner_config import CONFIG_FILE, METADATA_KEY, TunerConfig, from_metadata
+from adapterkit.specs.tuner_config import CONFIG_FILE, METADATA_KEY, TunerConfig, config_of, from_metadata
 from adapterkit.stores import Store
+from adapterkit.stores.guards import strict_json
 
 ScaleFrom = Literal["alpha", "config"]
 
@@ -47,19 +48,40 @@ class Configs:
 
 def configs(store: Store, explanation: Explanation) -> Configs:
     """Read the configurations beside or inside a file; StoreError if one is malformed."""
-    beside = {}
+    try:
+        return _beside_tensors(store) or _inside(store, explanation)
+    except StoreError as error:
+        raise error.at(store.label) from None
+
+
+def _beside_tensors(store: Store) -> Configs | None:
+    found = {}
     for name, value in store.sidecars.items():
         component, _, file = name.rpartition("/")
         if file == CONFIG_FILE and isinstance(value, dict):
-            beside[component] = TunerConfig(value)
-    if beside:
-        return Configs(beside, CONFIG_FILE)
-    inside = {}
-    if text := store.metadata.get(METADATA_KEY):
-        for component in explanation.family.components:
-            if (config := from_metadata(text, component)) is not None:
-                inside[component] = config
-    return Configs(inside)
+            found[component] = config_of(value, name)
+    return Configs(found, CONFIG_FILE) if found else None
+
+
+def _inside(store: Store, explanation: Explanation) -> Configs:
+    text = store.metadata.get(METADATA_KEY)
+    if not text:
+        return Configs({})
+    document = _metadata_document(text)
+    parts = {name: from_metadata(document, name) for name in explanation.family.components}
+    return Configs({name: config for name, config in parts.items() if config is not None})
+
+
+def _metadata_document(text: str) -> dict[str, Json]:
+    where = f"metadata `{METADATA_KEY}`"
+    hint = "get the file again; without it the scales are not known"
+    try:
+        document = strict_json(text.encode(), where)
+    except StoreError as error:
+        raise StoreError(error.message, code="bad-config", hint=hint) from None
+    if not isinstance(document, dict):
+        raise StoreError(f"{where}: not a JSON object", code="bad-config", hint=hint)
+    return document
 
 
 def rank_of(entry: Entry, store: Store) -> int | None:
@@ -86,12 +108,30 @@ def scale_of(entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom |
     if (own := _beside(entry, store, rank)) is not None:
         candidates["alpha"] = own
     if config is not None and (value := config.scale(entry.path, rank)) is not None:
+        if scale_from != "alpha" or own is None:
+            _require_rank(entry, store, config, rank, found.name)
         candidates["config"] = Scale(value, config.alpha(entry.path), found.name)
     scale = _one_of(entry, store, candidates, scale_from)
     if (role := entry.modifiers.get("scalar")) is not None:
         factor = _finite(store, role.key)
         return Scale(scale.value * factor, scale.alpha, f"{scale.source}, times `.scalar`")
     return scale
+
+
+def _require_rank(entry: Entry, store: Store, config: TunerConfig, rank: int | None, name: str) -> None:
+    """Conflict if the factors have another rank than the config says: its alpha was meant for that one."""
+    said = config.rank(entry.path)
+    if entry.kind != "lora" or not rank or not said or rank == said:
+        return
+    if config.targets_parameter_of(entry.path):
+        # The factors of all experts stand side by side.
+        return
+    raise Conflict(
+        f"{store.label}: `{entry.native}`: its factors have rank {rank}, {name} says {said}",
+        code="rank-conflict",
+        hint=f"correct the rank in {name}; what builds layers from it cannot load these factors",
+        details={"module": entry.native, "rank": rank, "config": said},
+    )
 
 
 def _one_of(

@@ -7,7 +7,6 @@ It stands in adapter_config.json beside a PEFT adapter, and in diffusers' metada
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
-from adapterkit.errors import Json, StoreError
+from adapterkit.errors import Json
+from adapterkit.specs.tuner_fields import require_fields
 
 METADATA_KEY = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
@@ -103,15 +103,7 @@ class TunerConfig:
         compiled = {}
         for name in ("alpha_pattern", "rank_pattern"):
             table = cast(dict[str, float], self.values.get(name) or {})
-            try:
-                compiled[name] = tuple(
-                    (re.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items()
-                )
-            except re.error as error:
-                raise StoreError(
-                    f"`{name}` of the adapter's config: `{error.pattern!s}` is no regular expression",
-                    code="bad-config",
-                ) from error
+            compiled[name] = tuple((re.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items())
         return compiled
 
     def _of_pattern(self, name: str, module: str, default: Json) -> float | None:
@@ -122,17 +114,17 @@ class TunerConfig:
         return cast("float | None", default)
 
 
-def from_metadata(text: str, component: str) -> TunerConfig | None:
+def config_of(values: Mapping[str, Json], where: str) -> TunerConfig:
+    """A configuration, its fields checked. `where` is what messages call it. Raises StoreError."""
+    require_fields(values, where)
+    return TunerConfig(values)
+
+
+def from_metadata(document: Mapping[str, Json], component: str) -> TunerConfig | None:
     """The part of diffusers' metadata that concerns `component`; None if it has none."""
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise StoreError(f"metadata `{METADATA_KEY}` is no JSON: {error}", code="bad-config") from error
-    if not isinstance(document, dict):
-        raise StoreError(f"metadata `{METADATA_KEY}` is no JSON object", code="bad-config")
     front = f"{component}."
     values = {key[len(front) :]: value for key, value in document.items() if key.startswith(front)}
-    return TunerConfig(values) if values else None
+    return config_of(values, f"metadata `{METADATA_KEY}`, {component}") if values else None
 
 
 @dataclass(frozen=True, slots=True)
