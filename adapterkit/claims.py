@@ -24,7 +24,8 @@ class Candidate:
     """One family's claim on a file, with what it rests on.
 
     share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
-    number of dimensions, and whose sizes, are the base model's.  evidence: metadata agrees.
+    number of dimensions, and whose sizes, are the base model's (None: none was checked).
+    evidence: metadata agrees.
     prefixed: the share of modules under a prefix that says what they are, not bare names.
     """
 
@@ -32,13 +33,13 @@ class Candidate:
     layouts: tuple[str, ...]
     share: float
     dimensions: float
-    shapes: float
+    shapes: float | None
     evidence: bool
     prefixed: float
 
     @property
     def rank(self) -> tuple[float, ...]:
-        return (round(self.share, 6), self.dimensions, self.shapes, self.evidence, self.prefixed)
+        return (round(self.share, 6), self.dimensions, self.shapes or 0.0, self.evidence, self.prefixed)
 
 
 @dataclass
@@ -248,7 +249,7 @@ def candidate(
         layouts=tuple(claim.keys.layout.name for claim in chosen),
         share=len(explained | carried) / len(store.tensors),
         dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
-        shapes=sum(same for _, same in checked) / len(checked) if checked else 0.0,
+        shapes=sum(same for _, same in checked) / len(checked) if checked else None,
         evidence=_evidence(family, store.metadata),
         prefixed=sum(bool(rows[0].prefix.text) for rows in located) / len(located),
     )

@@ -77,7 +77,7 @@ class Explanation:
     family: Family
     layouts: tuple[str, ...]
     share: float
-    shapes: float
+    shapes: float | None
     entries: tuple[Entry, ...]
     incomplete: tuple[Incomplete, ...]
     passengers: Mapping[str, str]
@@ -200,7 +200,7 @@ def _explanation(family: Family, claims: Sequence[Claim], store: Store) -> Expla
         family=family,
         layouts=tuple(claim.keys.layout.name for claim in claims),
         share=0.0,
-        shapes=0.0,
+        shapes=None,
         entries=tuple(entries),
         incomplete=tuple(incomplete),
         passengers=passengers,

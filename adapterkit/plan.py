@@ -131,21 +131,27 @@ class Plan:
                 continue
             if made[0] is not module:
                 made = (module, _tensors(module))
-            yield info.name, self._checked(info.name, made[1][info.name])
+            yield info.name, self._checked(info.name, made[1][info.name], module)
 
-    def _checked(self, key: str, tensor: Tensor) -> Tensor:
+    def _checked(self, key: str, tensor: Tensor, module: Module) -> Tensor:
         if "nonfinite" in self.options.allow or not tensor.is_floating_point():
             return tensor
         if not _is_finite(tensor):
-            bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())
-            raise Refused(
-                f"`{key}`: {bad} of {tensor.numel()} numbers are not finite in {dtype_name(tensor.dtype)}",
-                code="nonfinite",
-                hint="the adapter is damaged, or its numbers are too large for this dtype; "
-                "--allow nonfinite writes them as they are",
-                details={"key": key, "count": bad},
-            )
+            places = [source.place for part in module.cut.parts if (source := part.source)]
+            raise _not_finite(key, tensor, [self.adapter.natives.get(place, key) for place in places])
         return tensor
+
+
+def _not_finite(key: str, tensor: Tensor, natives: Sequence[str]) -> Refused:
+    bad = int((~torch.isfinite(tensor.to(torch.float32))).sum())
+    return Refused(
+        f"{' and '.join(f'`{name}`' for name in dict.fromkeys(natives))}: {bad} of {tensor.numel()} numbers "
+        f"would not be finite in `{key}`, {dtype_name(tensor.dtype)}",
+        code="nonfinite",
+        hint="the adapter is damaged, or its numbers are too large for this dtype; "
+        "--allow nonfinite writes them as they are",
+        details={"key": key, "count": bad, "modules": list[Json](natives)},
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -64,8 +64,9 @@ def spell(change: Change, site: Site) -> Spelled:
     inner, magnitude = (change.inner, change) if isinstance(change, Magnitude) else (change, None)
     kind = _kind(inner, site)
     inner, scale, exact = _home_for_scale(inner, kind, site)
+    roles, kept = _role_tensors(inner, site)
     tensors = {}
-    for role, tensor in _role_tensors(inner, kind, site).items():
+    for role, tensor in roles.items():
         spelling = _spelling(kind, role, site)
         stored = tensor.T if spelling.axes in {"r o", "i r"} else tensor
         tensors[site.native + spelling.suffix] = _cast(stored, kind, site.dtype)
@@ -77,7 +78,7 @@ def spell(change: Change, site: Site) -> Spelled:
     if magnitude is not None:
         spelling = _modifier("magnitude", site)
         tensors[site.native + spelling.suffix] = _shaped(magnitude, spelling)
-    return Spelled(tensors, kind, inner.rank, scale, exact)
+    return Spelled(tensors, kind, inner.rank, scale, exact and kept)
 
 
 def _kind(inner: Change, site: Site) -> str:
@@ -163,17 +164,18 @@ def _home_for_scale(inner: Change, kind: str, site: Site) -> tuple[Change, float
     return inner, float(scale), True
 
 
-def _role_tensors(inner: Change, kind: str, site: Site) -> dict[str, Tensor]:
+def _role_tensors(inner: Change, site: Site) -> tuple[dict[str, Tensor], bool]:
+    """The tensors by role, and whether nothing was rounded."""
     if isinstance(inner, Scaling):
         return _scaling(inner, site)
-    return inner.tensors()
+    return inner.tensors(), True
 
 
-def _scaling(inner: Scaling, site: Site) -> dict[str, Tensor]:
+def _scaling(inner: Scaling, site: Site) -> tuple[dict[str, Tensor], bool]:
     """IA³ as the layout has it: LyCORIS adds W · w and keeps a flag, PEFT multiplies by l = 1 + w."""
     keeps_flag = _find("ia3", "on_input", site) is not None
     if inner.additive is keeps_flag:
-        return inner.tensors()
+        return inner.tensors(), True
     if site.biased and not inner.on_input:
         raise Unrepresentable(
             f"PEFT's IA³ scales the bias of `{site.native}` as well, LyCORIS's does not",
@@ -182,10 +184,11 @@ def _scaling(inner: Scaling, site: Site) -> dict[str, Tensor]:
             details={"module": site.native},
         )
     shift = -1.0 if keeps_flag else 1.0
-    vector = (inner.vector.to(torch.float32) + shift).to(inner.vector.dtype).reshape(-1)
+    # In float32 whatever it was: beside 1, half precision has no room for a small w.
+    vector = (inner.vector.to(torch.float32) + shift).reshape(-1)
     if keeps_flag:
-        return {"vector": vector, "on_input": torch.tensor(float(inner.on_input))}
-    return {"vector": vector.reshape(1, -1) if inner.on_input else vector.reshape(-1, 1)}
+        return {"vector": vector, "on_input": torch.tensor(float(inner.on_input))}, False
+    return {"vector": vector.reshape(1, -1) if inner.on_input else vector.reshape(-1, 1)}, False
 
 
 def _shaped(magnitude: Magnitude, spelling: Spelling) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 from adapterkit.adapter import Adapter, Receipt, read_adapter
 from adapterkit.compare import Difference, differences, units
 from adapterkit.detect import explain
-from adapterkit.errors import Json, Refused, UsageError, VerificationFailed
+from adapterkit.errors import Json, Mismatch, Refused, StoreError, UsageError, VerificationFailed, located
 from adapterkit.metadata import output_metadata
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
@@ -18,13 +18,24 @@ from adapterkit.peft_config import component_config
 from adapterkit.plan import Options, Plan, make_plan
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.tuner_config import CONFIG_FILE
-from adapterkit.stores import Written, open_store, torch_dtype, write_json, write_safetensors
+from adapterkit.stores import (
+    Store,
+    Written,
+    filling,
+    open_store,
+    torch_dtype,
+    write_json,
+    write_safetensors,
+)
+from adapterkit.stores.guards import shown
 
 Verify = Literal["none", "sample", "full"]
 
 _SAMPLE = 32
 # Twice what rounding both factors of a product can make of it.
-_ROUNDING = {"F64": 2.0**-20, "F32": 2.0**-20, "F16": 2.0**-9, "BF16": 2.0**-6}
+_ROUNDING = {"F64": 2.0**-16, "F32": 2.0**-16, "F16": 2.0**-9, "BF16": 2.0**-6}
+# What float32 arithmetic of the comparison itself can make of two exact forms of one change.
+_EXACT = 2.0**-20
 _DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
@@ -84,13 +95,14 @@ def plan_conversion(source: Source, to: str, options: ConvertOptions | None = No
     """
     options = options or ConvertOptions()
     opened = open_source(source, family=options.family)
-    target = opened.explanation.family.target(to)
-    opened.explanation.decided(opened.store.label, to)
-    adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
-    plan = make_plan(adapter, target, _plan_options(options))
-    # What cannot stand in the metadata or the configuration is refused here as well.
-    output_metadata(plan)
-    _configs(plan)
+    with located(opened.store.label):
+        target = opened.explanation.family.target(to)
+        opened.explanation.decided(opened.store.label, to)
+        adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
+        plan = make_plan(adapter, target, _plan_options(options))
+        # What cannot stand in the metadata or the configuration is refused here as well.
+        output_metadata(plan)
+        _configs(plan)
     return plan
 
 
@@ -127,24 +139,56 @@ def save(adapter: Adapter, to: str, output: str | Path, options: ConvertOptions 
 
 
 def write_plan(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
-    """Write a plan's file, or its folder, or one folder per component."""
-    if not plan.layout.folder:
-        written, verification = _write(plan, None, output, options)
-        return Conversion(plan, (output,), (written,), verification)
-    files: list[Path] = []
-    all_written: list[Written] = []
-    verifications: list[Verification] = []
+    """Write a plan's file, or its folder, or one folder per component: all of it or nothing."""
+    source = plan.adapter.store
+    if source is not None and not options.force:
+        _require_another(source, output)
+    write = _write_folder if plan.layout.folder else _write_file
+    try:
+        return write(plan, output, options)
+    except (Refused, Mismatch, VerificationFailed) as error:
+        # Errors of the store name the output already.
+        error.at(source.label if source is not None else "in memory")
+        raise
+
+
+def _require_another(source: Store, output: Path) -> None:
+    """StoreError if the output is the input, by whatever name."""
+    try:
+        same = source.path is not None and output.samefile(source.path)
+    except (OSError, ValueError):
+        return
+    if same:
+        raise StoreError(
+            f"{shown(output)}: is the input itself",
+            code="exists",
+            hint="choose another name; --force writes the result in its place",
+        )
+
+
+def _write_file(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
+    written, verification = _write(plan, None, output, options)
+    return Conversion(plan, (output,), (written,), verification)
+
+
+def _write_folder(plan: Plan, output: Path, options: ConvertOptions) -> Conversion:
     configs = _configs(plan)
-    for component, config in configs.items():
-        folder = output / component if len(configs) > 1 else output
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / plan.layout.folder
-        written, verification = _write(plan, component, path, options, config)
-        write_json(folder / CONFIG_FILE, config, overwrite=options.force)
-        files += [path, folder / CONFIG_FILE]
-        all_written.append(written)
-        verifications += [verification] if verification else []
-    return Conversion(plan, tuple(files), tuple(all_written), _together(verifications))
+    fronts = {component: f"{component}/" if len(configs) > 1 else "" for component in configs}
+    names = [front + name for front in fronts.values() for name in (plan.layout.folder, CONFIG_FILE)]
+    outcomes: list[tuple[Written, Verification | None]] = []
+    with filling(output, names, overwrite=options.force) as folder:
+        for component, config in configs.items():
+            path = folder / fronts[component] / plan.layout.folder
+            path.parent.mkdir(exist_ok=True)
+            outcomes.append(_write(plan, component, path, options, config))
+            write_json(path.with_name(CONFIG_FILE), config)
+    verifications = [verification for _, verification in outcomes if verification]
+    return Conversion(
+        plan,
+        tuple(output / name for name in names),
+        tuple(written for written, _ in outcomes),
+        _together(verifications),
+    )
 
 
 def _configs(plan: Plan) -> dict[str, dict[str, Json]]:
@@ -237,6 +281,6 @@ def _tolerance(plan: Plan) -> float:
     """The relative error that rounding once to the written dtypes can make."""
     rounds = plan.rounded or plan.options.dtype is not None or plan.options.as_lora
     if not rounds and all(module.cut.renames for module in plan.modules):
-        return _ROUNDING["F32"]
+        return _EXACT
     dtypes = {info.dtype for module in plan.modules for info in module.tensors.values() if info.shape}
     return max((_ROUNDING.get(dtype, 2.0**-2) for dtype in dtypes), default=_ROUNDING["F32"])

@@ -93,7 +93,7 @@ class Inspection:
     title: str
     layouts: tuple[str, ...]
     share: float
-    shapes: float
+    shapes: float | None
     certainty: str
     also: tuple[str, ...]
     components: tuple[Component, ...]
@@ -181,7 +181,7 @@ def _certainty(explanation: Explanation) -> str:
     if explanation.family.open:
         return "by the form of its names; no table of this model is known"
     known = f"{_part(explanation.share, 'tensor', 'tensors')} known by name"
-    if not explanation.shapes:
+    if explanation.shapes is None:
         return known
     return f"{known}, {_part(explanation.shapes, 'checked shape fits', 'checked shapes fit')}"
 
@@ -259,7 +259,7 @@ def _problems(store: Store, explanation: Explanation) -> Iterable[Problem]:
     if len(explanation.adapter_names) > 1:
         names = ", ".join(f"`{name}`" for name in explanation.adapter_names)
         yield Problem("several-adapters", f"the names of several adapters stand in its keys: {names}")
-    if not explanation.family.open and 0 < explanation.shapes < 1:
+    if explanation.shapes is not None and explanation.shapes < 1:
         wrong = 1 - explanation.shapes
         yield Problem(
             "shapes", f"{wrong:.0%} of checked modules do not have the shapes of {explanation.family.label}"
