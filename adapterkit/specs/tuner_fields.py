@@ -39,6 +39,11 @@ def _is_flag(value: Json) -> bool:
     return isinstance(value, bool)
 
 
+def _is_rank_or_mask(value: Json) -> bool:
+    # AdaLoRA keeps which ranks it pruned: peft/tuners/adalora/layer.py, RankAllocator.mask_to_budget.
+    return _is_rank(value) or (isinstance(value, list) and all(map(_is_flag, value)))
+
+
 def _is_table_of(fits: Callable[[Json], bool]) -> Callable[[Json], bool]:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
@@ -61,7 +66,7 @@ _FIELDS: dict[str, tuple[Callable[[Json], bool], str]] = {
     "init_r": _RANK,
     "lora_alpha": _NUMBER,
     "alpha": _NUMBER,
-    "rank_pattern": (_is_table_of(_is_rank), "an object of whole numbers"),
+    "rank_pattern": (_is_table_of(_is_rank_or_mask), "an object of whole numbers"),
     "alpha_pattern": (_is_table_of(_is_number), "an object of finite numbers"),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
