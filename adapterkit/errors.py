@@ -20,7 +20,8 @@ command line, JSON output and library callers say the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar, Self, Union
 
 Json = Union[str, int, float, bool, None, list["Json"], dict[str, "Json"]]
@@ -65,6 +66,16 @@ class AdapterkitError(Exception):
             "hint": self.hint,
             "details": self.details,
         }
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Let the message of every error from inside begin with where it happened."""
+    try:
+        yield
+    except AdapterkitError as error:
+        error.at(where)
+        raise
 
 
 class SpecError(AdapterkitError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapterkit.detect import Entry, Explanation
-from adapterkit.errors import Conflict, Json, Mismatch, StoreError
+from adapterkit.errors import Conflict, Json, Mismatch, StoreError, located
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.tuner_config import CONFIG_FILE, METADATA_KEY, TunerConfig, config_of, from_metadata
 from adapterkit.stores import Store
@@ -48,10 +48,8 @@ class Configs:
 
 def configs(store: Store, explanation: Explanation) -> Configs:
     """Read the configurations beside or inside a file; StoreError if one is malformed."""
-    try:
+    with located(store.label):
         return _beside_tensors(store) or _inside(store, explanation)
-    except StoreError as error:
-        raise error.at(store.label) from None
 
 
 def _beside_tensors(store: Store) -> Configs | None:

@@ -5,6 +5,7 @@ and nothing in a file is ever run.
 """
 
 from adapterkit.stores.base import DTYPES, Dtype, Limits, Store, TensorInfo
+from adapterkit.stores.filling import filling
 from adapterkit.stores.header import canonical_order
 from adapterkit.stores.memory import memory_store
 from adapterkit.stores.opening import open_store
@@ -21,6 +22,7 @@ __all__ = [
     "Written",
     "canonical_order",
     "dtype_name",
+    "filling",
     "memory_store",
     "open_store",
     "torch_dtype",

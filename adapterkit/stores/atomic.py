@@ -24,7 +24,8 @@ from adapterkit.stores.guards import shown, system_failure
 if sys.platform != "win32":
     import fcntl
 
-_PREFIX, _SUFFIX = ".adapterkit-", ".tmp"
+# What is being written is called this until it is whole.
+TEMPORARY = ".adapterkit-{}.tmp"
 # A temporary file this young may belong to a program that has not locked it yet.
 _GRACE_SECONDS = 60
 
@@ -39,10 +40,10 @@ def replacing(
     check: called with the finished temporary file; if it raises, nothing is left behind.
     StoreError when the place is taken, special, unwritable or too small.
     """
-    target = _target(path, overwrite)
+    target = destination(path, overwrite)
     _require_space(path, target.parent, needed)
-    _sweep(target.parent)
-    temporary = target.parent / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+    sweep(target.parent)
+    temporary = target.parent / TEMPORARY.format(secrets.token_hex(8))
     try:
         with _created(temporary, target) as file:
             yield file
@@ -50,7 +51,7 @@ def replacing(
             os.fsync(file.fileno())
             if check is not None:
                 check(temporary)
-        _target(path, overwrite)
+        destination(path, overwrite)
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
@@ -60,7 +61,7 @@ def replacing(
             temporary.unlink(missing_ok=True)
 
 
-def _target(path: Path, overwrite: bool) -> Path:
+def destination(path: Path, overwrite: bool) -> Path:
     """The file a write to `path` would create or replace, refused unless it may be."""
     name = shown(path)
     try:
@@ -118,17 +119,30 @@ def _created(temporary: Path, target: Path) -> BufferedRandom:
     return file
 
 
-def _sweep(folder: Path) -> None:
-    """Remove temporary files of programs that were killed: old enough, and locked by nobody."""
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that says that somebody works on a temporary file or folder; OSError if another does."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what programs that were killed left half written: old enough, and locked by nobody."""
     if sys.platform == "win32":
         return
-    for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    for leftover in folder.glob(TEMPORARY.format("*")):
         # One that is locked, or cannot be removed, harms nobody and is not this write's business.
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _GRACE_SECONDS:
-                with leftover.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    leftover.unlink()
+                with locked(leftover):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
