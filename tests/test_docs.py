@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
@@ -104,7 +105,7 @@ def test_output_that_differs_is_noticed() -> None:
 
 
 def test_hashes_are_not_compared_and_lines_may_be_left_out() -> None:
-    page = f"```python\nprint('a'); print('b'); print('{'0' * 64}')\n```\n```text\n…\n{'f' * 64}\n```\n"
+    page = f"```python\nprint('a'); print('b'); print('{'0' * 64}')\n```\n```text\n[…]\n{'f' * 64}\n```\n"
     (result,) = examples.Session().run(page)
     assert result.matches
 
@@ -254,6 +255,17 @@ def test_what_is_said_not_to_be_read_is_refused(named: str) -> None:
     with pytest.raises(AdapterkitError) as caught:
         adapterkit.plan_conversion(state, "diffusers")
     assert caught.value.code in codes
+
+
+def test_names_of_a_model_without_a_table_stay_and_a_note_says_so(tmp_path: Path) -> None:
+    module = "blocks.0.self_attn.q"
+    state = {f"{module}.lora_B.weight": torch.ones(8, 2), f"{module}.lora_A.weight": torch.ones(2, 8)}
+    save_file({f"diffusion_model.{key}": value for key, value in state.items()}, tmp_path / "x.safetensors")
+    place = shlex.quote(str(tmp_path))
+    for line in ("--plan", f"-o {place}/y.safetensors"):
+        printed = examples.output_of(f"akit convert {place}/x.safetensors --to diffusers {line}")
+        assert "note: no table of this model is known" in printed
+    assert set(load_file(tmp_path / "y.safetensors")) == {f"transformer.{key}" for key in state}
 
 
 def test_gguf_is_refused_by_its_first_bytes(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def plan_report(source: str, plan: Plan) -> RenderableType:
         ("tensors", _receipt(plan)),
         *_loss_facts(plan),
     ]
-    return Group(heading(source, "(a plan; nothing is written)"), facts(rows), *_moves(plan))
+    notes = map(_note, _kept_names(plan))
+    return Group(heading(source, "(a plan; nothing is written)"), facts(rows), *_moves(plan), *notes)
 
 
 def _moves(plan: Plan) -> Iterator[RenderableType]:
@@ -70,7 +71,7 @@ def conversion_report(source: str, done: Conversion) -> RenderableType:
         ("verified", _verified(done)),
         *_file_facts(done),
     ]
-    return Group(heading(source), facts(rows), *_note(plan))
+    return Group(heading(source), facts(rows), *map(_note, _notes(plan)))
 
 
 def _source(plan: Plan) -> str:
@@ -162,15 +163,31 @@ def _file_facts(done: Conversion) -> Iterator[Fact]:
             yield "sha256", next(hashes).sha256
 
 
-def _note(plan: Plan) -> Iterator[RenderableType]:
+def _note(text: str) -> RenderableType:
+    return Padding(Text.assemble(("note: ", "yellow"), text), (0, 0, 0, 2))
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """What may go wrong in a program that reads the output."""
+    yield from _kept_names(plan)
+    yield from _unseen_scale(plan)
+
+
+def _kept_names(plan: Plan) -> Iterator[str]:
+    """Programs have names of their own for modules; without a table one cannot become the other."""
+    if plan.adapter.family.open and plan.target.layout not in plan.adapter.layouts:
+        yield (
+            "no table of this model is known, so the names of its modules stay as they are; "
+            "a program that has other names for them will not find them"
+        )
+
+
+def _unseen_scale(plan: Plan) -> Iterator[str]:
     """Readers that pass over the place where the scale is kept see another strength."""
     plain = all(scale.value == 1 for scale in plan.adapter.scales.values())
-    if plan.target.scale != METADATA_KEY or _folds(plan) or plain:
-        return
-    other = f"readers that ignore {plan.target.scale} see another strength"
-    text = Text("note: ", style="yellow")
-    text.append(f"{other}; --fold puts the scale into the factors", style="default")
-    yield Padding(text, (0, 0, 0, 2))
+    if plan.target.scale == METADATA_KEY and not _folds(plan) and not plain:
+        other = f"readers that ignore {plan.target.scale} see another strength"
+        yield f"{other}; --fold puts the scale into the factors"
 
 
 def result_of(done: Conversion) -> Path:
@@ -192,9 +209,9 @@ def outcomes_report(outcomes: Sequence[tuple[str, Outcome]], width: int) -> Rend
     else:
         table = facts((error, Text.assemble(name, f" {amount}")) for amount, error, name in rows)
     done = [outcome for _, outcome in outcomes if isinstance(outcome, Conversion)]
-    notes = [note for one in done for note in _note(one.plan)][:1]
+    notes = dict.fromkeys(text for one in done for text in _notes(one.plan))
     total = Text(f"{len(done)} of {counted(len(outcomes), 'adapter')} converted", style="bold")
-    return Group(Padding(table, (0, 0, 0, 2)), total, *notes)
+    return Group(Padding(table, (0, 0, 0, 2)), total, *map(_note, notes))
 
 
 def _outcome(source: str, outcome: Outcome) -> tuple[str, str, Text]:
