@@ -2,7 +2,7 @@
 
 Blocks run in the order of the page, in one empty folder and one namespace. A `console` block holds
 commands behind `$ ` and their output, in 80 columns; a `python` block runs, and a `text` block behind it
-holds what it prints. A line `…` stands for lines left out; digits of hashes are not compared.
+holds what it prints. A line `[…]` stands for lines left out; digits of hashes are not compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "formats.md", ROOT / "docs" / "library.md")
 
-LEFT_OUT = "…"
+LEFT_OUT = "[…]"
 COLUMNS = "80"
 # Seeded numbers differ in their last bits between processors, and so do hashes of them.
 _HASH = re.compile(r"\b[0-9a-f]{64}\b")
