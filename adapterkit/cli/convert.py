@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.batch import each, progress, worst
-from adapterkit.cli.inputs import adapters, results
+from adapterkit.cli.inputs import adapters, home, made, results
 from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
 from adapterkit.cli.output import Output
 from adapterkit.errors import AdapterkitError, Json, UsageError
@@ -98,7 +98,10 @@ def convert(
         verify=verify,
         force=force,
     )
-    return _plan(output, found, to, options) if plan else _convert(output, places, to, options)
+    if plan or place is None:
+        return _plan(output, found, to, options)
+    with made(home(found, place, to)):
+        return _convert(output, places, to, options)
 
 
 def _plan(output: Output, sources: Sequence[str], to: str, options: ConvertOptions) -> int:

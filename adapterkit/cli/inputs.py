@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapterkit.errors import StoreError, UsageError
@@ -35,29 +36,50 @@ def _is_adapter(path: Path) -> bool:
     return path.name.lower().endswith(_tensor_suffixes())
 
 
-def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
-    """Where the result of each source goes.
+def home(sources: Sequence[str], output: str, to: str) -> Path | None:
+    """The folder in which results get names of their own; None if `output` is the name of the only one.
 
-    One source is written to `output` itself. Several, or one with an `output` that is a folder or
-    ends in a slash, get names of their own in it, and it is made. UsageError if two would get the
-    same.
+    Several results are put into a folder, and so is one if `output` is a folder or ends in a slash.
+    UsageError if a file is in its place.
     """
     from adapterkit.stores.guards import shown
 
-    folder = _writes_folders(to)
-    existing = Path(output).is_dir() and not folder
+    existing = Path(output).is_dir() and not _writes_folders(to)
     if len(sources) == 1 and not existing and not output.endswith((os.sep, os.altsep or os.sep)):
-        return {sources[0]: Path(output)}
+        return None
     if Path(output).exists() and not Path(output).is_dir():
         raise UsageError(
             f"`{shown(output)}` is a file, and {len(sources)} results need a folder",
             hint="name a folder with -o; it is made if it is missing",
         )
-    suffix = "" if folder else f".{to}.safetensors"
-    places = {source: Path(output) / f"{stem(source)}{suffix}" for source in sources}
+    return Path(output)
+
+
+def results(sources: Sequence[str], output: str, to: str) -> dict[str, Path]:
+    """Where the result of each source goes. UsageError if two would get the same name."""
+    folder = home(sources, output, to)
+    if folder is None:
+        return {sources[0]: Path(output)}
+    suffix = "" if _writes_folders(to) else f".{to}.safetensors"
+    places = {source: folder / f"{stem(source)}{suffix}" for source in sources}
     _require_distinct(places)
-    Path(output).mkdir(parents=True, exist_ok=True)
     return places
+
+
+@contextmanager
+def made(folder: Path | None) -> Iterator[None]:
+    """Make a folder if it is missing; what was made goes again if nothing came into it."""
+    if folder is None:
+        yield
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def stem(source: str) -> str:

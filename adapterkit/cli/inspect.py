@@ -10,7 +10,7 @@ import click
 
 from adapterkit.cli.batch import each, worst
 from adapterkit.cli.options import as_json, family_option, manners
-from adapterkit.cli.output import Output
+from adapterkit.cli.output import Output, as_error
 from adapterkit.errors import AdapterkitError, Json
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _look(source: str, wanted: Wanted) -> Look:
         except AdapterkitError as error:
             if keys is None and metadata is None:
                 raise
-            return Look(error, keys, metadata)
+            return Look(as_error(error), keys, metadata)
     return Look(replace(found, path=source), keys, metadata)
 
 

@@ -45,16 +45,25 @@ class Fault(AdapterkitError):
 
 
 def as_error(error: Exception) -> AdapterkitError:
-    """Any failure as one that can be shown: the system's, or else a fault of ours."""
+    """Any failure as one that can be shown: the system's, or else a fault of ours; never without a hint."""
     if isinstance(error, AdapterkitError):
-        return error
-    if isinstance(error, OSError):
+        shown = error
+    elif isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return StoreError(f"{name}{(error.strerror or str(error)).lower()}", code="system")
-    what = f"{type(error).__name__}: {error}"
-    return Fault(
-        f"this is a fault of adapterkit: {what}", hint="please report it; -v shows where it happened"
-    )
+        shown = StoreError(f"{name}{(error.strerror or str(error)).lower()}", code="system")
+    else:
+        what = f"{type(error).__name__}: {error}"
+        hint = "please report it; -v shows where it happened"
+        shown = Fault(f"this is a fault of adapterkit: {what}", hint=hint)
+    shown.hint = shown.hint or _general_hint(shown.code)
+    return shown
+
+
+def _general_hint(code: str) -> str:
+    """What `explain` says of a code, for errors that have nothing better to say."""
+    from adapterkit.operations.catalogue import error_texts
+
+    return error_texts().get(code, "")
 
 
 @contextmanager
