@@ -36,7 +36,7 @@ def plan_report(source: str, plan: Plan) -> RenderableType:
         ("tensors", _receipt(plan)),
         *_loss_facts(plan),
     ]
-    notes = map(_note, _kept_names(plan))
+    notes = map(_note, (*_odd_input(plan), *_kept_names(plan)))
     return Group(heading(source, "(a plan; nothing is written)"), facts(rows), *_moves(plan), *notes)
 
 
@@ -164,13 +164,18 @@ def _file_facts(done: Conversion) -> Iterator[Fact]:
 
 
 def _note(text: str) -> RenderableType:
-    return Padding(Text.assemble(("note: ", "yellow"), text), (0, 0, 0, 2))
+    return Padding(Text.assemble(("note: ", "yellow"), shown(text)), (0, 0, 0, 2))
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    """What may go wrong in a program that reads the output."""
+    """What is odd about the input, and what may go wrong in a program that reads the output."""
+    yield from _odd_input(plan)
     yield from _kept_names(plan)
     yield from _unseen_scale(plan)
+
+
+def _odd_input(plan: Plan) -> Iterator[str]:
+    yield from plan.adapter.store.warnings if plan.adapter.store is not None else ()
 
 
 def _kept_names(plan: Plan) -> Iterator[str]:
@@ -241,6 +246,7 @@ def plan_json(source: str, plan: Plan) -> dict[str, Json]:
         "idle": list(plan.idle),
         "lost": {plan.adapter.natives[place]: reason for place, reason in plan.lost.items()},
         "moves": [asdict(move) for move in moves(plan)],
+        "warnings": list(_odd_input(plan)),
         "bytes": {"in": plan.adapter.store.size if plan.adapter.store else None, "out": _output_size(plan)},
     }
     return cast(dict[str, Json], content)
