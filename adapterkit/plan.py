@@ -82,9 +82,9 @@ class Plan:
     @cached_property
     def expected(self) -> Adapter:
         """The input's own changes, as they were read, that the output must make: all but the lost."""
-        bare = "magnitude" in self.options.allow and not writes_magnitude(self.layout)
+        bare = _bare_axes(self.layout, self.options)
         kept = {
-            place: tuple(c.inner if bare and isinstance(c, Magnitude) else c for c in changes)
+            place: tuple(c.inner if isinstance(c, Magnitude) and c.axis in bare else c for c in changes)
             for place, changes in self.adapter.changes.items()
             if place not in self.lost
         }
@@ -132,6 +132,10 @@ class Plan:
             if made[0] is not module:
                 made = (module, _tensors(module))
             yield info.name, self._checked(info.name, made[1][info.name], module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors at once, for a caller who keeps them in memory instead of a file."""
+        return dict(self.tensors(self.header()))
 
     def _checked(self, key: str, tensor: Tensor, module: Module) -> Tensor:
         if "nonfinite" in self.options.allow or not tensor.is_floating_point():
@@ -220,7 +224,7 @@ class _Planning:
     def add_component(self, component: str) -> None:
         preparation = Preparation(
             self.options.as_lora,
-            "magnitude" in self.options.allow and not writes_magnitude(self.layout),
+            _bare_axes(self.layout, self.options),
             self.options.fold,
         )
         sources = [
@@ -282,6 +286,7 @@ class _Planning:
             biased=self._has_bias(cut, component),
             unused_alpha=self._alpha(cut),
             dtype=self.options.dtype,
+            named=cut.row.param is not None,
         )
         try:
             change = cut.make()
@@ -372,6 +377,11 @@ class _Planning:
         )
 
 
-def writes_magnitude(layout: Layout) -> bool:
-    """Whether a layout has a name for DoRA's magnitudes."""
-    return layout.spelling("", "magnitude", "weight", "") is not None
+def _bare_axes(layout: Layout, options: Options) -> frozenset[str]:
+    """The axes of the magnitudes that the layout cannot write and whose loss is allowed."""
+    if "magnitude" not in options.allow:
+        return frozenset()
+    spelling = layout.spelling("", "magnitude", "weight", "")
+    if spelling is None:
+        return frozenset({"out", "in"})
+    return frozenset() if spelling.axis == "by shape" else frozenset({"in"})

@@ -25,19 +25,22 @@ from adapterkit.specs.names import Piece, Row, Span
 class Preparation:
     """What is done to every change before it is cut, when it is asked for and not sooner.
 
-    expand: kinds that have an exact low-rank form become it.  bare: DoRA loses its magnitudes.
+    expand: kinds that have an exact low-rank form become it.  bare: DoRA along these axes loses its
+    magnitudes.
     fold: the scale goes into the factors.
     """
 
     expand: bool = False
-    bare: bool = False
+    bare: frozenset[str] = frozenset()
     fold: bool = False
 
     def of(self, change: Change) -> Change:
         """The prepared change; the change itself if there is nothing to do."""
         if isinstance(change, deltas.Magnitude):
             inner = self.of(change.inner)
-            return inner if self.bare else change if inner is change.inner else replace(change, inner=inner)
+            if change.axis in self.bare:
+                return inner
+            return change if inner is change.inner else replace(change, inner=inner)
         if self.expand and expands(change):
             change = change.low_rank()
         return deltas.fold_closely(change)[0] if self.fold else change
@@ -46,7 +49,7 @@ class Preparation:
         """The kind it will be, with `dora` before it if it has magnitudes."""
         if isinstance(change, deltas.Magnitude):
             inner = self.kind(change.inner)
-            return inner if self.bare else f"dora {inner}"
+            return inner if change.axis in self.bare else f"dora {inner}"
         return "lora" if self.expand and expands(change) else change.kind
 
     def exact(self, change: Change) -> bool:

@@ -27,6 +27,7 @@ class Site:
     if it has none.  biased: the model's module has a bias.  unused_alpha: what stands beside factors
     without a rank, where readers want an alpha and do not use it (LyCORIS fails without, v4.1.3
     lycoris/modules/lokr.py make_module_from_state_dict).  dtype: of the written factors; None: as stored.
+    named: `native` is a tensor's own full name, not a module's.
     """
 
     layout: Layout
@@ -40,6 +41,7 @@ class Site:
     biased: bool = False
     unused_alpha: float = 1.0
     dtype: torch.dtype | None = None
+    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def spell(change: Change, site: Site) -> Spelled:
 def _kind(inner: Change, site: Site) -> str:
     """The kind under which the layout writes this change."""
     written = site.layout.kinds()
-    if inner.kind in written and _can(inner.kind, site):
+    if _can(inner.kind, site):
         return inner.kind
     # Where no embeddings are set apart, their LoRA is one like any other.
     if inner.kind == "embedding" and "lora" in written:
@@ -107,6 +109,8 @@ def _can(kind: str, site: Site) -> bool:
 
 
 def _find(kind: str, role: str, site: Site) -> Spelling | None:
+    if site.layout.bare and site.named and kind == "set":
+        return Spelling(kind, role, suffix="")
     # A tensor with a name of its own takes the suffixes of weights, whatever it is in its module.
     param = "bias" if site.param == "bias" else "weight"
     return site.layout.spelling(kind, role, param, site.component, of_norm=site.of_norm, wrapped=site.wrapped)
