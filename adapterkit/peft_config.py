@@ -123,7 +123,7 @@ def _fields(plan: Plan, modules: Sequence[Module], peft_type: str) -> dict[str, 
     scales = [_named(plan, m) for m in tuned]
     match peft_type:
         case "LORA":
-            return {**fields, **config_fields(scales), **_lora_fields(modules)}
+            return {**config_fields(scales), **fields, **_lora_fields(modules)}
         case "LOHA" | "LOKR":
             changes = [_change(m) for m in tuned]
             factors = peft_factors.loha_fields(changes) if peft_type == "LOHA" else {}
@@ -131,7 +131,7 @@ def _fields(plan: Plan, modules: Sequence[Module], peft_type: str) -> dict[str, 
                 factors, ranks = peft_factors.lokr_fields(changes)
                 scales = [replace(scale, rank=rank) for scale, rank in zip(scales, ranks, strict=True)]
             general = config_fields(scales)
-            return {**fields, "alpha": general.pop("lora_alpha"), **general, **factors}
+            return {"alpha": general.pop("lora_alpha"), **general, **fields, **factors}
         case "IA3":
             return {**fields, "feedforward_modules": _feedforward(tuned)}
         case "OFT":

@@ -28,6 +28,7 @@ from adapterkit.stores import (
     write_safetensors,
 )
 from adapterkit.stores.guards import shown
+from adapterkit.stores.joined import JoinedStore
 
 Verify = Literal["none", "sample", "full"]
 
@@ -240,14 +241,27 @@ def verify(
     with open_store(path) as store:
         if config is not None:
             store.sidecars = {CONFIG_FILE: dict(config)}
-        explanation = explain(store, family_name=plan.adapter.family.key)
-        found = read_adapter(store, explanation, allow=plan.options.allow)
+        named = _named(store, path, component, plan)
+        explanation = explain(named, family_name=plan.adapter.family.key)
+        found = read_adapter(named, explanation, allow=plan.options.allow)
         expected = _only(plan.expected, component)
         sample = _SAMPLE if how == "sample" else None
         compared = list(differences(expected, found, sample=sample))
     worst = max(compared, key=lambda difference: difference.error, default=None)
     _judge(plan, worst)
     return Verification(len(compared), len(units(expected, found)), worst)
+
+
+def _named(store: Store, path: Path, component: str | None, plan: Plan) -> Store:
+    """The store, with the component's name before its keys where the family's folders are named so.
+
+    A folder alone does not tell one text encoder from another.
+    """
+    front = f"{component}/"
+    prefixes = plan.adapter.family.spelling[plan.target.layout]
+    if component is None or not any(prefix.text.startswith(front) for prefix in prefixes):
+        return store
+    return JoinedStore(path.parent, {component: store})
 
 
 def _only(adapter: Adapter, component: str | None) -> Adapter:

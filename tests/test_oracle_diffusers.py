@@ -1,0 +1,264 @@
+"""diffusers as it is installed: what it saves we read as it applies it, what we write it loads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import models
+import oracle_kohya
+from adapterkit.operations.convert import ConvertOptions, convert
+from adapterkit.operations.sources import load
+from oracle_kohya import ALPHAS, FILES, Trained, canonical, module_of, train
+from oracle_law import check_deltas, randomise, relative, silence, weights
+
+pytestmark = pytest.mark.oracle
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+FAMILIES = ("sd1", "sdxl", "flux", "sd3")
+COMPONENTS = {
+    "sd1": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+    "flux": ("transformer", "text_encoder"),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+}
+
+
+@cache
+def pipeline(family: str) -> Any:
+    return getattr(models, f"{family}_pipeline")()
+
+
+def merged(component: nn.Module) -> dict[str, Tensor]:
+    """The component's weights with its adapter merged, by their names without one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = copy.deepcopy(component)
+    for module in list(own.modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in weights(own).items()
+        if "lora_" not in name
+    }
+
+
+@contextmanager
+def with_adapter(family: str, folder: Path, file: str) -> Iterator[Any]:
+    """The family's pipeline with a file loaded, without a word of warning, and unloaded again."""
+    pipe = pipeline(family)
+    try:
+        with silence(but="No LoRA keys associated to CLIP"):
+            pipe.load_lora_weights(str(folder), weight_name=file)
+        yield pipe
+    finally:
+        pipe.unload_lora_weights()
+
+
+def check_loads(family: str, path: Path, trained: Trained, tolerance: float = 2e-6) -> None:
+    """Every module that the file was made for, and no other, has the weights that it asks for."""
+    before = {name: weights(getattr(pipeline(family), name)) for name in COMPONENTS[family]}
+    with with_adapter(family, path.parent, path.name) as pipe:
+        after = {name: merged(getattr(pipe, name)) for name in COMPONENTS[family]}
+        outer = {name: dict(canonical(getattr(pipe, name), after[name])) for name in COMPONENTS[family]}
+    for module, expected in trained.weights.items():
+        component, _, path_ = module.partition(":")
+        base = module_of(pipeline(family), module).weight
+        error = relative(outer[component][f"{path_}.weight"] - base, expected - base)
+        assert error <= tolerance, (module, error)
+    changed = {
+        f"{component}:{name}"
+        for component, old in before.items()
+        for name, tensor in canonical(getattr(pipeline(family), component), old)
+        if not torch.equal(tensor, outer[component][name])
+    }
+    assert changed == {f"{module}.weight" for module in trained.weights}
+
+
+def denoiser_only(names: oracle_kohya.Names) -> oracle_kohya.Names:
+    return {name: modules for name, modules in names.items() if "text_encoder" not in modules[0]}
+
+
+def written(
+    family: str, trained: Trained, folder: Path, to: str, options: ConvertOptions = ConvertOptions()
+) -> Path:
+    """The file in another format. Models of small width tell no family by their shapes."""
+    save_file(trained.tensors, folder / "kohya.safetensors")
+    path = folder / "written.safetensors"
+    convert(folder / "kohya.safetensors", to, path, replace(options, family=NAMES[family]))
+    return path
+
+
+NAMES = {"sd1": "sd1", "sdxl": "sdxl", "flux": "flux1", "sd3": "SD 3 medium"}
+
+
+@pytest.mark.parametrize("fold", [False, True], ids=["scale beside", "scale folded"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kohya_file_written_for_diffusers_does_what_its_tensors_say(
+    family: str, dora: bool, fold: bool, tmp_path: Path
+) -> None:
+    """Ranks and alphas differ, fused weights are cut, halves swapped.
+
+    transformers 5.24 reads no magnitudes, not even those that diffusers saves of its text encoders.
+    """
+    names = denoiser_only(FILES[family]) if dora else FILES[family]
+    trained = train(pipeline(family), names, dora=dora)
+    path = written(family, trained, tmp_path, "diffusers", ConvertOptions(fold=fold))
+    check_loads(family, path, trained)
+
+
+DENOISER = {
+    "sd1": ("to_q", "to_out.0", "ff.net.2", "proj_in", "conv1"),
+    "sdxl": ("to_k", "ff.net.0.proj", "proj_out", "conv_shortcut"),
+    "flux": ("to_q", "add_k_proj", "proj_mlp", "proj_out", "norm_out.linear", "norm1.linear"),
+    "sd3": ("to_q", "add_v_proj", "to_out.0", "norm1_context.linear", "norm_out.linear"),
+}
+ENCODER = ("q_proj", "out_proj", "fc1")
+SAVED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 7, "proj_(in|out)": 0.5}},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+}
+
+
+def saved(family: str, options: dict[str, Any], folder: Path, *, metadata: bool = True) -> dict[str, Any]:
+    """Adapters of all components saved by the pipeline; returns the adapted components."""
+    adapted, layers = {}, {}
+    for seed, component in enumerate(COMPONENTS[family]):
+        is_text = component.startswith("text")
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=3 if metadata else 4,
+            target_modules=list(ENCODER if is_text else DENOISER[family]),
+            **({} if is_text and "rank_pattern" in options else options),
+        )
+        own = copy.deepcopy(getattr(pipeline(family), component)).requires_grad_(False)
+        peft.inject_adapter_in_model(config, own)
+        randomise(own, seed + 1)
+        adapted[component] = own
+        layers[f"{component}_lora_layers"] = peft.get_peft_model_state_dict(own)
+        if metadata:
+            layers[f"{component}_lora_adapter_metadata"] = config.to_dict()
+    type(pipeline(family)).save_lora_weights(str(folder), **layers)
+    return adapted
+
+
+def check_reads(family: str, adapted: dict[str, Any], folder: Path) -> None:
+    adapter = load(folder, family=NAMES[family])
+    for component, model in adapted.items():
+        before = dict(canonical(model, weights(getattr(pipeline(family), component))))
+        check_deltas(adapter, before, dict(canonical(model, merged(model))), component=component)
+
+
+@pytest.mark.parametrize(
+    "family, name",
+    [
+        *(("sd1", name) for name in ("lora", "rslora", "patterns", "dora")),
+        *(("flux", name) for name in ("lora", "patterns", "dora", "bias")),
+        *(("sdxl", "lora"), ("sd3", "lora")),
+    ],
+)
+def test_what_diffusers_saves_changes_the_weights_as_it_applies_it(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    check_reads(family, saved(family, SAVED[name], tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_without_metadata_the_scale_is_one(family: str, tmp_path: Path) -> None:
+    check_reads(family, saved(family, {}, tmp_path, metadata=False), tmp_path)
+
+
+def _attention(name: str) -> bool:
+    return "attn" in name and "mod" not in name
+
+
+def _inside(name: str) -> bool:
+    return "final" not in name and "guidance" not in name
+
+
+# What diffusers 0.42.1 reads rightly of other programs' formats. It loses the alphas of attentions that
+# differ from the commonest in kohya's files for UNets, and takes every FLUX.1 for 3072 wide where it
+# cuts linear1; it reads only the attentions of OneTrainer's files. Without metadata it
+# finds the last layer's name at the end of others' and says that it did.
+READABLE: list[tuple[str, str, Callable[[str], bool], Sequence[float]]] = [
+    ("sd1", "kohya", lambda name: True, (3.0,)),
+    ("sd1", "diffusers-2023", _attention, ALPHAS),
+    ("sdxl", "kohya", lambda name: True, (3.0,)),
+    ("sdxl", "kohya-diffusers", lambda name: True, (3.0,)),
+    ("sdxl", "diffusers-2023", _attention, ALPHAS),
+    ("flux", "kohya", lambda name: _inside(name) and "linear1" not in name, ALPHAS),
+    ("flux", "comfyui", lambda name: _inside(name) and "linear1" not in name and "te1" not in name, ALPHAS),
+    ("flux", "ai-toolkit", lambda name: "final_layer_linear" not in name, ALPHAS),
+    ("flux", "onetrainer", lambda name: "_attn_" in name or "adaLN" in name, ALPHAS),
+    ("flux", "xlabs", lambda name: "_attn_" in name and "te1" not in name, ALPHAS),
+    ("sd3", "ai-toolkit", lambda name: True, ALPHAS),
+]
+
+
+@pytest.mark.parametrize(
+    "family, to, readable, alphas", READABLE, ids=[f"{family}-{to}" for family, to, *_ in READABLE]
+)
+def test_what_we_write_for_other_programs_diffusers_reads_alike(
+    family: str, to: str, readable: Callable[[str], bool], alphas: Sequence[float], tmp_path: Path
+) -> None:
+    """By way of diffusers' own format, so that nothing is left of the file it came from."""
+    names = {name: modules for name, modules in FILES[family].items() if readable(name)}
+    trained = train(pipeline(family), names, alphas=alphas)
+    between = written(family, trained, tmp_path, "diffusers")
+    convert(between, to, tmp_path / "last.safetensors", ConvertOptions(family=NAMES[family]))
+    check_loads(family, tmp_path / "last.safetensors", trained)
+
+
+def folders(family: str, trained: Trained, folder: Path) -> dict[str, Path]:
+    """The PEFT folder of each component."""
+    save_file(trained.tensors, folder / "kohya.safetensors")
+    convert(folder / "kohya.safetensors", "peft", folder / "peft", ConvertOptions(family=NAMES[family]))
+    components = dict.fromkeys(module.partition(":")[0] for module in trained.weights)
+    several = len(components) > 1
+    return {name: folder / "peft" / name if several else folder / "peft" for name in components}
+
+
+def check_folder(family: str, component: str, folder: Path, trained: Trained) -> None:
+    model = getattr(pipeline(family), component)
+    # The folder has the names that text encoders had before transformers 5.6.
+    flat = component.startswith("text") and not hasattr(model, "text_model")
+    with silence():
+        wrapped = peft.PeftModel.from_pretrained(
+            copy.deepcopy(model), str(folder), key_mapping={r"^text_model\.": ""} if flat else None
+        )
+    after = dict(canonical(model, weights(wrapped.merge_and_unload())))
+    before = dict(canonical(model, weights(model)))
+    asked = {
+        f"{module.partition(':')[2]}.weight": weight
+        for module, weight in trained.weights.items()
+        if module.startswith(f"{component}:")
+    }
+    for name, base in before.items():
+        expected = asked.get(name, base)
+        assert relative(after[name] - base, expected - base) <= 2e-6, name
+    assert asked
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kohya_file_written_for_peft_loads_in_each_model(family: str, dora: bool, tmp_path: Path) -> None:
+    trained = train(pipeline(family), FILES[family], dora=dora)
+    for component, folder in folders(family, trained, tmp_path).items():
+        check_folder(family, component, folder, trained)
