@@ -133,7 +133,7 @@ class Layout:
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of change that this layout can write, in the order of KINDS."""
-        written = {s.kind for s in self.spellings if s.written}
+        written = {s.kind for s in self.spellings if s.written} | ({"set"} if self.bare else set())
         return tuple(kind for kind in KINDS if kind in written)
 
     def passenger(self, key: str) -> str | None:
