@@ -69,11 +69,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def changes_of(adapter: Adapter, component: str) -> dict[str, tuple[Change, ...]]:
-    """The adapter's changes by the name of the parameter; for modules that no other shares a row with."""
+def changes_of(adapter: Adapter, component: str, kind: str = "") -> dict[str, tuple[Change, ...]]:
+    """The adapter's changes (of one kind) by the name of the parameter; none of them may be fused."""
     found: dict[str, tuple[Change, ...]] = {}
     for place, changes in adapter.changes.items():
-        if place.component == component:
+        if place.component == component and (not kind or changes[0].kind == kind):
             (piece,) = place.span
             found[f"{piece.module}.{place.param}" if place.param else piece.module] = changes
     return found

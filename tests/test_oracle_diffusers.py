@@ -10,17 +10,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import models
+import oracle_kohya
 import pytest
 import torch
+from oracle_kohya import ALPHAS, FILES, Trained, canonical, module_of, train
+from oracle_law import changes_of, check_deltas, check_same, randomise, relative, silence, weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import models
-import oracle_kohya
+from adapterkit.compare import differences
+from adapterkit.errors import Unrepresentable
 from adapterkit.operations.convert import ConvertOptions, convert
 from adapterkit.operations.sources import load
-from oracle_kohya import ALPHAS, FILES, Trained, canonical, module_of, train
-from oracle_law import check_deltas, randomise, relative, silence, weights
 
 pytestmark = pytest.mark.oracle
 
@@ -93,12 +95,14 @@ def denoiser_only(names: oracle_kohya.Names) -> oracle_kohya.Names:
 
 
 def written(
-    family: str, trained: Trained, folder: Path, to: str, options: ConvertOptions = ConvertOptions()
+    family: str, trained: Trained, folder: Path, to: str, options: ConvertOptions | None = None
 ) -> Path:
     """The file in another format. Models of small width tell no family by their shapes."""
     save_file(trained.tensors, folder / "kohya.safetensors")
     path = folder / "written.safetensors"
-    convert(folder / "kohya.safetensors", to, path, replace(options, family=NAMES[family]))
+    convert(
+        folder / "kohya.safetensors", to, path, replace(options or ConvertOptions(), family=NAMES[family])
+    )
     return path
 
 
@@ -262,3 +266,130 @@ def test_a_kohya_file_written_for_peft_loads_in_each_model(family: str, dora: bo
     trained = train(pipeline(family), FILES[family], dora=dora)
     for component, folder in folders(family, trained, tmp_path).items():
         check_folder(family, component, folder, trained)
+
+
+def factors(tensors: dict[str, Tensor], name: str, rows: int, columns: int, ends: tuple[str, str]) -> None:
+    generator = torch.Generator().manual_seed(len(tensors))
+    tensors[f"{name}.{ends[0]}.weight"] = torch.randn(rows, 2, generator=generator)
+    tensors[f"{name}.{ends[1]}.weight"] = torch.randn(2, columns, generator=generator)
+
+
+def errors_against(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> dict[str, float]:
+    """By module: how far what diffusers makes of a file is from what we read in it."""
+    left, right = (load(tensors, family="flux1") for tensors in (ours, theirs))
+    return {difference.name: difference.error for difference in differences(left, right)}
+
+
+def test_a_fused_kohya_file_of_full_width_is_cut_as_diffusers_cuts_it() -> None:
+    """diffusers 0.42.1 writes the last layer without its prefix and loses its alpha."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    tensors: dict[str, Tensor] = {}
+    kohya = ("lora_up", "lora_down")
+    factors(tensors, "lora_unet_single_blocks_0_linear1", 21504, 3072, kohya)
+    factors(tensors, "lora_unet_single_blocks_37_linear2", 3072, 15360, kohya)
+    factors(tensors, "lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072, kohya)
+    factors(tensors, "lora_unet_double_blocks_18_txt_attn_qkv", 9216, 3072, kohya)
+    factors(tensors, "lora_unet_final_layer_adaLN_modulation_1", 6144, 3072, kohya)
+    tensors |= {
+        key.replace("lora_up.weight", "alpha"): torch.tensor(0.5) for key in tensors if "lora_up" in key
+    }
+    theirs = _convert_kohya_flux_lora_to_diffusers({key: tensor.clone() for key, tensor in tensors.items()})
+    bare = [key for key in theirs if not key.startswith("transformer.")]
+    theirs |= {f"transformer.{key}": theirs.pop(key) for key in bare}
+    # What it lost: alpha over rank.
+    theirs["transformer.norm_out.linear.lora_B.weight"] *= 0.5 / 2
+    errors = errors_against(theirs, tensors)
+    assert len(errors) == 12 and max(errors.values()) < 1e-6
+
+
+def test_a_control_file_of_full_width_is_cut_as_diffusers_cuts_it() -> None:
+    """Every linear layer with a bias, and the norms replaced, as in FLUX.1-Depth-dev-lora.
+
+    diffusers 0.42.1 swaps the halves of the last modulation in the down factor as well: halves of the rank.
+    """
+    from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers
+
+    tensors: dict[str, Tensor] = {}
+    for name, rows, columns in _control_layers():
+        factors(tensors, name, rows, columns, ("lora_B", "lora_A"))
+        tensors[f"{name}.lora_B.bias"] = torch.randn(rows)
+    norms = {name: torch.randn(128) for name in _control_norms()}
+    theirs = _convert_bfl_flux_control_lora_to_diffusers(
+        {key: tensor.clone() for key, tensor in (tensors | norms).items()}
+    )
+    replaced = {key: theirs.pop(key) for key in list(theirs) if "lora_" not in key}
+    errors = errors_against(theirs, tensors)
+    wrong = {name for name, error in errors.items() if error > 1e-6}
+    assert wrong == {"transformer.norm_out.linear"} and len(errors) == 2 * 504
+    adapter = load(tensors | norms, family="flux1")
+    for name, (change,) in changes_of(adapter, "transformer", kind="set").items():
+        assert torch.equal(change.tensors()["value"], replaced.pop(f"transformer.{name}"))
+    assert not replaced
+
+
+def _control_layers() -> Iterator[tuple[str, int, int]]:
+    """BFL's names of the linear layers, with their rows and columns."""
+    width = 3072
+    yield from (("img_in", width, 128), ("txt_in", width, 4096), ("final_layer.linear", 64, width))
+    yield "final_layer.adaLN_modulation.1", 2 * width, width
+    for embedder, columns in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        yield f"{embedder}.in_layer", width, columns
+        yield f"{embedder}.out_layer", width, width
+    for block in range(19):
+        for stream in ("img", "txt"):
+            yield f"double_blocks.{block}.{stream}_mod.lin", 6 * width, width
+            yield f"double_blocks.{block}.{stream}_attn.qkv", 3 * width, width
+            yield f"double_blocks.{block}.{stream}_attn.proj", width, width
+            yield f"double_blocks.{block}.{stream}_mlp.0", 4 * width, width
+            yield f"double_blocks.{block}.{stream}_mlp.2", width, 4 * width
+    for block in range(38):
+        yield f"single_blocks.{block}.linear1", 7 * width, width
+        yield f"single_blocks.{block}.linear2", width, 5 * width
+        yield f"single_blocks.{block}.modulation.lin", 3 * width, width
+
+
+def _control_norms() -> Iterator[str]:
+    for part in ("query", "key"):
+        yield from (
+            f"double_blocks.{block}.{stream}_attn.norm.{part}_norm.scale"
+            for block in range(19)
+            for stream in ("img", "txt")
+        )
+        yield from (f"single_blocks.{block}.norm.{part}_norm.scale" for block in range(38))
+
+
+def test_a_control_file_written_for_peft_replaces_norms_and_changes_biases(tmp_path: Path) -> None:
+    model = pipeline("flux").transformer
+    layers = {
+        "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.net.0.proj",
+        "single_blocks.3.linear2": "single_transformer_blocks.3.proj_out",
+        "final_layer.linear": "proj_out",
+    }
+    expected = weights(model)
+    tensors = {}
+    for name, module in layers.items():
+        rows, columns = expected[f"{module}.weight"].shape
+        factors(tensors, name, rows, columns, ("lora_B", "lora_A"))
+        tensors[f"{name}.lora_B.bias"] = torch.randn(rows)
+        expected[f"{module}.weight"] += tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        expected[f"{module}.bias"] += tensors[f"{name}.lora_B.bias"]
+    for name in _control_norms():
+        tensors[name] = torch.randn(16)
+        part = {"query": "q", "key": "k"}[name.split(".")[-2].removesuffix("_norm")]
+        kind, block = name.split(".")[:2]
+        stream = "added_" if "txt" in name else ""
+        front = "single_transformer_blocks" if kind == "single_blocks" else "transformer_blocks"
+        expected[f"{front}.{block}.attn.norm_{stream}{part}.weight"] = tensors[name]
+    convert(tensors, "peft", tmp_path / "peft", ConvertOptions(family="flux1"))
+    with silence():
+        wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "peft"))
+    check_same(weights(wrapped.merge_and_unload()), expected, weights(model))
+
+
+def test_an_adapter_whose_base_peft_changes_is_not_written_for_others(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="pissa")
+    peft.get_peft_model(copy.deepcopy(pipeline("flux").transformer), config).save_pretrained(str(tmp_path))
+    with pytest.raises(Unrepresentable) as refused:
+        convert(tmp_path, "kohya", tmp_path / "kohya.safetensors", ConvertOptions(family="flux1"))
+    assert refused.value.code == "config-needed"
