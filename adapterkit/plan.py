@@ -119,7 +119,7 @@ class Plan:
     ) -> Iterator[tuple[str, Tensor]]:
         """Make these tensors (of one component) one after another.
 
-        Raises Refused for a number that is not finite.
+        Raises Refused for a number that is not finite, StoreError if the input was changed meanwhile.
         """
         modules = [module for module in self.modules if component in (None, module.component)]
         owner = {key: module for module in modules for key in module.tensors}
@@ -130,8 +130,14 @@ class Plan:
                 yield info.name, self.passengers[info.name]
                 continue
             if made[0] is not module:
+                self._require_unchanged()
                 made = (module, _tensors(module))
             yield info.name, self._checked(info.name, made[1][info.name], module)
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        if self.adapter.store is not None:
+            self.adapter.store.require_unchanged()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors at once, for a caller who keeps them in memory instead of a file."""

@@ -121,6 +121,14 @@ class Store(ABC):
         """The tensor, viewing the file where possible; writing to it never changes the file."""
 
     @abstractmethod
+    def require_unchanged(self) -> None:
+        """StoreError if a file that tensors view was changed since it was opened, while it is still open.
+
+        A view of a file that was written over shows the new bytes; of one cut short, touching it ends
+        the process.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the file. Tensors and views already handed out stay valid."""
 

@@ -47,6 +47,9 @@ class FolderStore(Store):
     def tensor(self, name: str) -> torch.Tensor:
         return self._inner.tensor(name)
 
+    def require_unchanged(self) -> None:
+        self._inner.require_unchanged()
+
     def close(self) -> None:
         self._inner.close()
 

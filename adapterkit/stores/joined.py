@@ -41,6 +41,10 @@ class JoinedStore(Store):
         part, _, rest = name.partition("/")
         return self._parts[part].tensor(rest)
 
+    def require_unchanged(self) -> None:
+        for store in self._parts.values():
+            store.require_unchanged()
+
     def close(self) -> None:
         for store in self._parts.values():
             store.close()

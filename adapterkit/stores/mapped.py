@@ -44,7 +44,9 @@ class MappedFile:
         StoreError when the file is closed, or was changed: touching a mapped page that was cut off
         would end the process.
         """
-        self._require_unchanged()
+        if not self._close_descriptor.alive:
+            raise StoreError(f"{shown(self.path)}: already closed", code="closed")
+        self.require_unchanged()
         if self._map is not None:
             return memoryview(self._map)[start:stop]
         return memoryview(self._read(start, stop))
@@ -55,17 +57,10 @@ class MappedFile:
         stream.seek(0)
         return stream
 
-    def close(self) -> None:
-        self._close_descriptor()
-        if self._map is not None:
-            # Views still in use keep the pages; the last of them lets go.
-            with suppress(BufferError):
-                self._map.close()
-            self._map = None
-
-    def _require_unchanged(self) -> None:
+    def require_unchanged(self) -> None:
+        """StoreError if somebody wrote to the file; of a closed one nothing is known."""
         if not self._close_descriptor.alive:
-            raise StoreError(f"{shown(self.path)}: already closed", code="closed")
+            return
         status = os.fstat(self._descriptor)
         if (status.st_size, status.st_mtime_ns) != self._stamp:
             raise StoreError(
@@ -73,6 +68,14 @@ class MappedFile:
                 code="changed",
                 hint="run again when nothing writes to the file",
             )
+
+    def close(self) -> None:
+        self._close_descriptor()
+        if self._map is not None:
+            # Views still in use keep the pages; the last of them lets go.
+            with suppress(BufferError):
+                self._map.close()
+            self._map = None
 
     def _read(self, start: int, stop: int) -> bytearray:
         data, stop = bytearray(), min(stop, self.size)

@@ -50,6 +50,9 @@ class PickleStore(Store):
     def tensor(self, name: str) -> torch.Tensor:
         return tensor_from(self._window(name), self.info(name))
 
+    def require_unchanged(self) -> None:
+        self._file.require_unchanged()
+
     def close(self) -> None:
         self._file.close()
 

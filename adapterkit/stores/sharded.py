@@ -60,6 +60,10 @@ class ShardedStore(Store):
         self.info(name)
         return self._homes[name].tensor(name)
 
+    def require_unchanged(self) -> None:
+        for shard in self._shards:
+            shard.require_unchanged()
+
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
