@@ -37,6 +37,9 @@ class MemoryStore(Store):
         self.info(name)
         return self._held[name]
 
+    def require_unchanged(self) -> None:
+        """Nothing is known of who changes tensors in memory."""
+
     def close(self) -> None:
         """Nothing to let go of: the caller owns the tensors."""
 
