@@ -270,7 +270,8 @@ def _with_magnitude(inner: Change, stored: Tensor, axis: str) -> deltas.Magnitud
     """
     by_columns = stored.ndim > 1 and stored.shape[0] == 1 and stored.shape[1] > 1
     along_input = inner.kind == "embedding" or (axis == "by shape" and by_columns)
-    return deltas.Magnitude(inner, stored.reshape(-1), "in" if along_input else "out")
+    axes = stored.ndim if stored.ndim > 2 else 0
+    return deltas.Magnitude(inner, stored.reshape(-1), "in" if along_input else "out", axes)
 
 
 def weight_shape(family: Family, place: Place) -> tuple[int, ...] | None:

@@ -197,7 +197,7 @@ def _scaling(inner: Scaling, site: Site) -> tuple[dict[str, Tensor], bool]:
 
 def _shaped(magnitude: Magnitude, spelling: Spelling) -> Tensor:
     """The magnitude's vector with the axes of length 1 that the layout writes around it."""
-    vector, dims = magnitude.vector, max(len(magnitude.shape), 2)
+    vector, dims = magnitude.vector, max(len(magnitude.shape), magnitude.axes, 2)
     if spelling.axis == "by shape":
         if magnitude.axis == "out":
             return vector.reshape(-1, *[1] * (dims - 1))

@@ -22,11 +22,14 @@ class Magnitude(Change):
     axis "out": a length per row of the weight, as PEFT, ai-toolkit and newer LyCORIS write it.
     axis "in": a length per column (input channel), the kernel included, as older LyCORIS and
     OneTrainer write it, and PEFT for embeddings. `vector` has one axis and the stored dtype.
+    axes: how many a convolution's vector had in its file, which the inner change need not tell: the
+    factors of some kinds flatten the kernel.
     """
 
     inner: Change
     vector: Tensor
     axis: Axis = "out"
+    axes: int = 0
 
     def __post_init__(self) -> None:
         shape, axis = self.inner.shape, 0 if self.axis == "out" else 1

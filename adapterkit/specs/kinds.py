@@ -89,7 +89,9 @@ KINDS: dict[str, Kind] = {
         Kind(
             "adalora", "AdaLoRA", (_roles("up", "down", "e"),), _roles("ranknum"), (("down", 0),), scales=True
         ),
-        Kind("tlora", "T-LoRA", (_roles("p", "q", "lambda"),), rank=(("q", 0),), needs_base=True),
+        Kind(
+            "tlora", "T-LoRA", (_roles("p", "q", "lambda"),), rank=(("q", 0),), scales=True, needs_base=True
+        ),
         Kind("vera", "VeRA", (_roles("b", "d"),), rank=(("d", 0),)),
         Kind("tokens", "replaced token rows", (_roles("rows"),), needs_base=True),
     )
