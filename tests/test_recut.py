@@ -350,6 +350,24 @@ def test_a_fused_weight_that_was_never_trained_stays_whole() -> None:
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
 
 
+def test_a_part_of_a_fused_weight_that_is_zero_stays_zero() -> None:
+    up = numbers(3 * H, RANK, seed=1)
+    up[H : 2 * H] = 0
+    before = File(
+        {
+            f"{FUSED}.lora_up.weight": up,
+            f"{FUSED}.lora_down.weight": numbers(RANK, COLUMNS, seed=2),
+            f"{FUSED}.alpha": torch.tensor(1.0),
+        }
+    )
+    between = converted(before, "flux1", "omi")
+    qkv = "transformer.double_blocks.0.img_attn.qkv"
+    assert {key.partition(".lora")[0] for key in between.tensors if "lora" in key} == {f"{qkv}.0", f"{qkv}.2"}
+    after = converted(between, "flux1", "kohya")
+    assert after.tensors.keys() == before.tensors.keys()
+    assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+
+
 def test_a_member_that_was_never_trained_beside_others_that_were_is_left_out_and_named() -> None:
     before = apart(QKV, (2, 2, 2), (1, 1, 1), torch.float32)
     before.tensors[f"{QKV[1]}.lora_B.weight"].zero_()
