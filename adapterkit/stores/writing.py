@@ -29,7 +29,8 @@ Content = Union[bytes, memoryview, "torch.Tensor"]
 # As long as the 64 digits it gives way to, so that nothing moves.
 DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-goes-here"
 _CHUNK = 16 * 1024 * 1024
-_WAITING = 4
+_WAITING = 2
+_GATHERED = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +46,42 @@ class Written:
 
 
 class _Hasher:
-    """A SHA-256 fed by a thread of its own: hashing takes longer than writing, and waits for nothing."""
+    """A SHA-256 fed by a thread of its own: hashing takes longer than writing, and waits for nothing.
+
+    Small chunks are gathered: handing each over would cost the two threads more than hashing it.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
         self._hash = hashlib.sha256()
+        self._gathered = bytearray()
         self._pending: deque[Future[None]] = deque()
 
     def update(self, chunk: bytes | memoryview) -> None:
+        if len(chunk) < _GATHERED:
+            self._gathered += chunk
+            if len(self._gathered) >= _GATHERED:
+                self._hand_over()
+        else:
+            self._hand_over()
+            self._submit(chunk)
+
+    def hexdigest(self) -> str:
+        self._hand_over()
+        while self._pending:
+            self._pending.popleft().result()
+        return self._hash.hexdigest()
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._submit(self._gathered)
+            self._gathered = bytearray()
+
+    def _submit(self, chunk: bytes | bytearray | memoryview) -> None:
         self._pending.append(self._pool.submit(self._hash.update, chunk))
         # What waits here is held in memory.
         while len(self._pending) > _WAITING:
             self._pending.popleft().result()
-
-    def hexdigest(self) -> str:
-        while self._pending:
-            self._pending.popleft().result()
-        return self._hash.hexdigest()
 
 
 def write_safetensors(
