@@ -28,7 +28,7 @@ def torch_zip(
     return buffer.getvalue()
 
 
-def torch_legacy(pickled: bytes, storages: bytes = b"", keys: tuple[str, ...] = ()) -> bytes:
+def torch_legacy(pickled: bytes, storages: bytes = b"", keys: object = ()) -> bytes:
     """A file as torch.save wrote it before 1.6, around any pickle."""
     machine = {
         "protocol_version": 1001,
@@ -36,7 +36,7 @@ def torch_legacy(pickled: bytes, storages: bytes = b"", keys: tuple[str, ...] = 
         "type_sizes": {"short": 2, "int": 4, "long": 4},
     }
     head = b"".join(pickle.dumps(value, 2) for value in (MAGIC, 1001, machine))
-    return head + pickled + pickle.dumps(list(keys), 2) + storages
+    return head + pickled + pickle.dumps(list(keys) if isinstance(keys, tuple) else keys, 2) + storages
 
 
 def text(value: str) -> bytes:
@@ -174,6 +174,14 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a conjugate tensor": (
         state_dict(tensor((1,), (1,), 1)[:-2] + b"}" + text("conj") + b"\x88stR"),
         "conjugate",
+    ),
+    "a parameter of no tensor": (
+        state_dict(b"ctorch._utils\n_rebuild_parameter\n(NN}tR"),
+        "a parameter without a tensor",
+    ),
+    "a tensor of a dtype that is a text": (
+        state_dict(tensor((1,), (1,), 1).replace(b"_v2", b"_v3")[:-2] + text("float16") + b"tR"),
+        "a tensor of an unknown dtype",
     ),
     "a tensor rebuilt by rebuilding": (
         state_dict(b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)}tR"),

@@ -371,9 +371,10 @@ def test_a_legacy_file_fills_its_bytes_exactly(tmp_path: Path) -> None:
     path.write_bytes(torch_legacy(pickled, bytes(8 + 24), ("0",)))
     with pytest.raises(StoreError, match="another size than it says"):
         open_store(path)
-    path.write_bytes(torch_legacy(pickled, struct.pack("<q", 6) + bytes(24), ("1",)))
-    with pytest.raises(StoreError, match="list of storages is wrong"):
-        open_store(path)
+    for keys in (("1",), (), ("0", "0"), ("0", ("0",)), None, 5):
+        path.write_bytes(torch_legacy(pickled, struct.pack("<q", 6) + bytes(24), keys))
+        with pytest.raises(StoreError, match="list of storages is wrong"):
+            open_store(path)
 
 
 @WAYS
