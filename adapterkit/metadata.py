@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from adapterkit.adapter import Adapter
 from adapterkit.errors import Json
 from adapterkit.peft_config import component_config
 from adapterkit.plan import Plan
@@ -29,25 +30,45 @@ def output_metadata(plan: Plan) -> dict[str, str]:
             # kohya writes the bare digits, ModelSpec and LyCORIS put 0x before them.
             metadata[key] = ("0x" if metadata[key].startswith("0x") else "") + DATA_SHA256
     _renew_ranks(metadata, plan)
+    if any(module.kind == "glora" for module in plan.modules):
+        _renew_arguments(metadata)
     if plan.target.scale == "lora_adapter_metadata":
         metadata[METADATA_KEY] = json.dumps(_diffusers_config(plan), indent=2, sort_keys=True)
     return metadata
 
 
 def _renew_ranks(metadata: dict[str, str], plan: Plan) -> None:
-    """kohya's summary of ranks, where the file has one and it is no longer so."""
-    ranks = {module.scale.rank for module in plan.modules if module.scale is not None}
-    alphas = {module.scale.rank * module.scale.scale for module in plan.modules if module.scale is not None}
-    for key, values in (("ss_network_dim", ranks), ("ss_network_alpha", alphas)):
-        if key in metadata and values and not _says(metadata[key], values):
+    """kohya's summary of ranks and alphas, where the file has one and they are others than they were."""
+    scales = [module.scale for module in plan.modules if module.scale is not None and module.scale.rank]
+    ranks, alphas = {s.rank for s in scales}, {_rounded(s.rank * s.scale) for s in scales}
+    for key, values, before in (
+        ("ss_network_dim", ranks, _ranks_read(plan.adapter)),
+        ("ss_network_alpha", alphas, _alphas_read(plan.adapter)),
+    ):
+        if key in metadata and values and values != before:
             metadata[key] = f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"
 
 
-def _says(text: str, values: set[int] | set[float]) -> bool:
+def _ranks_read(adapter: Adapter) -> set[int]:
+    return {change.rank for changes in adapter.changes.values() for change in changes if change.rank}
+
+
+def _alphas_read(adapter: Adapter) -> set[float]:
+    return {_rounded(scale.alpha) for scale in adapter.scales.values() if scale.alpha is not None}
+
+
+def _rounded(alpha: float) -> float:
+    return float(f"{alpha:.6g}")
+
+
+def _renew_arguments(metadata: dict[str, str]) -> None:
+    """LyCORIS's GLoRA alone stores alpha as it was given to rsLoRA; what we write is alpha over rank."""
     try:
-        return float(text) in values
-    except ValueError:
-        return text == "Dynamic" and len(values) > 1
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except json.JSONDecodeError:
+        return
+    if isinstance(arguments, dict) and arguments.get("rs_lora"):
+        metadata["ss_network_args"] = json.dumps({**arguments, "rs_lora": False})
 
 
 def _diffusers_config(plan: Plan) -> dict[str, Json]:
