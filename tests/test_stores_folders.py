@@ -248,6 +248,11 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
         check_store_holds(store, TENSORS)
     with open_store(snapshot) as store:
         check_store_holds(store, TENSORS)
+    (blobs / "1").rename(tmp_path / "elsewhere")
+    (snapshot / "one.safetensors").unlink()
+    (snapshot / "one.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeFile, match="lies outside the folder"):
+        open_store(snapshot)
 
 
 BAD_INDEXES: list[tuple[str, object, str]] = [

@@ -316,6 +316,7 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
     "a header that is gone": (
         zip_of(*BASE).replace(b"PK\3\4", b"PK\0\0").replace(b"PK\0\0", b"PK\3\4", 1), "it has no header"),
     "a header of another name": (zip_of(*BASE).replace(b"x/data/0", b"x/data/9", 1), "disagree"),
+    "a header of other flags": (zip_of(*BASE, flag_bits=0x0008), "its header and the directory disagree"),
     "a member into the directory": (zip_of(*BASE, compress_size=60, file_size=60), "runs into the directory"),
     "something before the archive": (b"PK\x03\x04junk" + zip_of(*BASE), "something lies before the first"),
     "something behind the pickle": (torch_zip(GOOD + GOOD, {"0": bytes(24)}), "something follows the pickle"),
@@ -365,8 +366,9 @@ def test_a_legacy_file_fills_its_bytes_exactly(tmp_path: Path) -> None:
     good = path.read_bytes()
     for data, message in [(good[:-1], "cut short"), (good[:-20], "cut short"), (good + b"x", "more follows")]:
         path.write_bytes(data)
-        with pytest.raises(StoreError, match=message):
+        with pytest.raises(StoreError, match=message) as caught:
             open_store(path)
+        assert caught.value.code == ("trailing-bytes" if message == "more follows" else "truncated")
     pickled = state_dict(tensor((6,), (1,), 6, view=b"N"))
     path.write_bytes(torch_legacy(pickled, bytes(8 + 24), ("0",)))
     with pytest.raises(StoreError, match="another size than it says"):
