@@ -150,7 +150,11 @@ def every_dtype() -> dict[str, torch.Tensor]:
             high = 2 if name == "BOOL" else 256
             raw = torch.randint(0, high, (4 * 6 * dtype.bits // 8,), dtype=torch.uint8)
             tensors[f"x.{name}"] = raw.view(torch_dtype(name)).reshape(4, 6)
-    return tensors | {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 7), "minus-0": torch.ones(3).half()}
+    return tensors | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 7),
+        "minus-0": torch.ones(3).half(),
+    }
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
