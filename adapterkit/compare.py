@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce
 from itertools import pairwise
+
+import torch
 
 from adapterkit import deltas
 from adapterkit.adapter import Adapter, weight_shape
@@ -80,14 +83,31 @@ def differences(
     every = units(a, b)
     step = max(1, len(every) // sample) if sample else 1
     for unit in every[::step]:
-        if unit.place is not None:
-            pairs = _by_kind(a.changes[unit.place], b.changes[unit.place])
-        else:
-            pairs = list(_pairs(unit.left, unit.right))
-        shape = weight_shape(a.family, unit.place) if unit.place else None
-        error = max((_error(one, two, shape) for one, two in pairs), default=0.0)
-        cosine = _cosine(pairs) if cosines else None
-        yield Difference(unit.component, unit.module, unit.param, error, cosine)
+        with _one_thread():
+            found = _difference(unit, a, b, cosines)
+        yield found
+
+
+def _difference(unit: _Unit, a: Adapter, b: Adapter, cosines: bool) -> Difference:
+    if unit.place is not None:
+        pairs = _by_kind(a.changes[unit.place], b.changes[unit.place])
+    else:
+        pairs = list(_pairs(unit.left, unit.right))
+    shape = weight_shape(a.family, unit.place) if unit.place else None
+    error = max((_error(one, two, shape) for one, two in pairs), default=0.0)
+    cosine = _cosine(pairs, error) if cosines else None
+    return Difference(unit.component, unit.module, unit.param, error, cosine)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small factorisations on one thread: several only wait for each other (five times as long on two)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_kind(left: Sequence[Change], right: Sequence[Change]) -> list[_Pair]:
@@ -180,8 +200,10 @@ def _by_tensors(one: Change, two: Change) -> float:
     return max(errors, default=0.0)
 
 
-def _cosine(pairs: Sequence[_Pair]) -> float | None:
+def _cosine(pairs: Sequence[_Pair], error: float) -> float | None:
     whole = [(one, two) for one, two in pairs if one is not None and two is not None]
     if len(whole) != 1 or whole[0][0].needs_base or whole[0][1].needs_base:
         return None
+    if error == 0.0:
+        return None if is_zero(whole[0][0]) else 1.0
     return deltas.cosine(*whole[0])
