@@ -144,9 +144,7 @@ class Plan:
         return dict(self.tensors(self.header()))
 
     def _checked(self, key: str, tensor: Tensor, module: Module) -> Tensor:
-        if "nonfinite" in self.options.allow or not tensor.is_floating_point():
-            return tensor
-        if not _is_finite(tensor):
+        if "nonfinite" not in self.options.allow and not is_finite(tensor):
             places = [source.place for part in module.cut.parts if (source := part.source)]
             raise _not_finite(key, tensor, [self.adapter.natives.get(place, key) for place in places])
         return tensor
@@ -164,13 +162,17 @@ def _not_finite(key: str, tensor: Tensor, natives: Sequence[str]) -> Refused:
     )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite: one that is not makes the sum so, and the sum is quick.
 
     Only a sum that overflows by itself needs the slower look at each number.
     """
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
     total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    # torch has no `isfinite` for numbers of one byte.
+    looked_at = tensor.to(torch.float32) if tensor.element_size() == 1 else tensor
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(looked_at).all())
 
 
 def info_of(key: str, tensor: Tensor) -> TensorInfo:

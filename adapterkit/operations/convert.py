@@ -15,7 +15,7 @@ from adapterkit.metadata import output_metadata
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
 from adapterkit.peft_config import component_config
-from adapterkit.plan import Options, Plan, make_plan
+from adapterkit.plan import Options, Plan, is_finite, make_plan
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.tuner_config import CONFIG_FILE
 from adapterkit.stores import (
@@ -247,9 +247,22 @@ def verify(
         expected = _only(plan.expected, component)
         sample = _SAMPLE if how == "sample" else None
         compared = list(differences(expected, found, sample=sample))
+        if "nonfinite" in plan.options.allow:
+            unsound = _unsound(expected) | _unsound(found)
+            compared = [one for one in compared if (one.component, one.module) not in unsound]
     worst = max(compared, key=lambda difference: difference.error, default=None)
     _judge(plan, worst)
     return Verification(len(compared), len(units(expected, found)), worst)
+
+
+def _unsound(adapter: Adapter) -> set[tuple[str, str]]:
+    """Modules with numbers that are not finite, by component and name: nothing can be compared with them."""
+    found: set[tuple[str, str]] = set()
+    for place, changes in adapter.changes.items():
+        if not all(is_finite(tensor) for change in changes for tensor in change.tensors().values()):
+            modules = dict.fromkeys(piece.module for piece in place.span)
+            found.update((place.component, name) for name in (*modules, " + ".join(modules)))
+    return found
 
 
 def _named(store: Store, path: Path, component: str | None, plan: Plan) -> Store:
