@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapterkit import deltas
 from adapterkit.deltas import Change
-from adapterkit.errors import Mismatch
+from adapterkit.errors import Mismatch, Untranslatable
 from adapterkit.recut import Source, recut
 from adapterkit.specs.families import Place
 from adapterkit.specs.names import Naming, Piece, Row, Span
@@ -401,6 +401,9 @@ def test_rows_that_xlabs_has_no_name_for_may_be_zero_and_nothing_else() -> None:
     after = converted(between, "flux1", "xlabs")
     assert after.tensors.keys() == before.tensors.keys()
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+    up[-1, 0] = 1e-30
+    with pytest.raises(Untranslatable, match="single_blocks_37_linear1"):
+        converted(between, "flux1", "xlabs")
 
 
 # --- any rows at all ------------------------------------------------------------------------------
