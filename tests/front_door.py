@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapterkit.cli.app import app
 from adapterkit.errors import Json
+from adapterkit.specs.tuner_config import METADATA_KEY
 
 Tensors = dict[str, Tensor]
 
@@ -22,6 +23,7 @@ Tensors = dict[str, Tensor]
 BLOCK = "input_blocks_4_1_transformer_blocks_0_attn2_to_"
 Q, K, V = (f"lora_unet_{BLOCK}{side}" for side in "qkv")
 DOTTED = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_"
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 INPUTS = {"q": 640, "k": 2048, "v": 2048}
 RANK = 4
 # So wide that no line is folded and messages can be looked for as they are.
@@ -63,6 +65,34 @@ def llama(adapter: str = "", layers: int = 2) -> Tensors:
     return tensors
 
 
+def fused() -> Tensors:
+    """FLUX.1's q, k and v of one block in one module."""
+    return {
+        f"{QKV}.lora_down.weight": numbers(RANK, 3072),
+        f"{QKV}.lora_up.weight": numbers(9216, RANK, seed=1),
+        f"{QKV}.alpha": torch.tensor(4.0),
+    }
+
+
+def loha() -> Tensors:
+    shapes = {"w1_a": (640, RANK), "w1_b": (RANK, 640), "w2_a": (640, RANK), "w2_b": (RANK, 640)}
+    return {f"{Q}.hada_{role}": numbers(*shape, seed=n) for n, (role, shape) in enumerate(shapes.items())}
+
+
+def lokr() -> Tensors:
+    shapes = {"w1": (4, 4), "w2_a": (160, RANK), "w2_b": (RANK, 160)}
+    tensors = {f"{Q}.lokr_{role}": numbers(*shape, seed=n) for n, (role, shape) in enumerate(shapes.items())}
+    return tensors | {f"{Q}.alpha": torch.tensor(2.0)}
+
+
+def dora() -> Tensors:
+    return kohya() | {f"{Q}.dora_scale": torch.ones(640, 1)}
+
+
+def names(*keys: str) -> Tensors:
+    return {key: torch.ones(4, 4) for key in keys}
+
+
 CONFIG: dict[str, Json] = {
     "peft_type": "LORA",
     "r": RANK,
@@ -70,6 +100,12 @@ CONFIG: dict[str, Json] = {
     "target_modules": ["q_proj"],
     "base_model_name_or_path": "someone/something",
 }
+
+
+def config_of(**fields: Json) -> dict[str, str]:
+    """diffusers' metadata for the UNet."""
+    values: dict[str, Json] = {"r": RANK, "lora_alpha": 8, **fields}
+    return {METADATA_KEY: json.dumps({f"unet.{name}": value for name, value in values.items()})}
 
 
 def write(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:

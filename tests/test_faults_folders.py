@@ -61,9 +61,9 @@ CONFIGS = [
         "rank-conflict",
         ("factors have rank 4, adapter_config.json says 8", "q_proj"),
         "correct the rank",
-        1,
-        "rank-conflict",
-        "peft",
+        exit_code=1,
+        seen="rank-conflict",
+        to="peft",
     ),
     Fault("a folder with nothing in it", lambda folder: folder, "no-file", ("no tensor file",), "download"),
     Fault(
