@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Change:
+class Change(ABC):
     """What an adapter does to one weight.
 
     Fields are named by the roles of `adapterkit.specs.kinds` and hold the stored tensors themselves,
@@ -31,17 +32,17 @@ class Change:
     """
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """The key of `KINDS`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the changed weight, (o, i[, h, w]) or (n,); () where the tensors do not tell.
 
         A flattened kernel stays flattened unless the weight's shape was given.
         """
-        raise NotImplementedError
 
     @property
     def rows(self) -> int | None:
@@ -130,7 +131,7 @@ class Change:
 
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         """The delta in `work`; `base` is of that dtype too, and present where the kind needs it."""
-        raise NotImplementedError
+        raise UsageError(f"{self._title} has no delta that its tensors alone make", code="no-delta")
 
     def _take(self, start: int, stop: int) -> Change:
         raise self._uncut(start, stop, "its parts cannot be told apart")
