@@ -292,6 +292,7 @@ class _Planning:
             wrapped=wrapped,
             beside=scales.get(native),
             biased=self._has_bias(cut, component),
+            kernel=self._kernel(cut, component),
             unused_alpha=self._alpha(cut),
             dtype=self.options.dtype,
             named=cut.row.param is not None,
@@ -330,6 +331,11 @@ class _Planning:
     def _has_bias(self, cut: Cut, component: str) -> bool:
         network = self.adapter.family.network(component)
         return network is not None and any(f"{piece.module}.bias" in network.shapes for piece in cut.row.span)
+
+    def _kernel(self, cut: Cut, component: str) -> tuple[int, ...] | None:
+        network = self.adapter.family.network(component)
+        shape = network.weight_shape(cut.row.span[0].module) if network else None
+        return shape[2:] if shape and len(shape) >= 2 else None
 
     def _is_vector(self, cut: Cut, component: str) -> bool:
         source = next((part.source for part in cut.parts if part.source), None)

@@ -5,13 +5,14 @@ The counterpart of reading in `adapterkit.adapter`, from the same tables.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from adapterkit import deltas
-from adapterkit.deltas import Change, Magnitude, Scaling, Whole
+from adapterkit.deltas import Change, LowRank, Magnitude, Scaling, Whole
 from adapterkit.errors import Unrepresentable
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import Layout, ScaleHome, Spelling
@@ -27,7 +28,8 @@ class Site:
     if it has none.  biased: the model's module has a bias.  unused_alpha: what stands beside factors
     without a rank, where readers want an alpha and do not use it (LyCORIS fails without, v4.1.3
     lycoris/modules/lokr.py make_module_from_state_dict).  dtype: of the written factors; None: as stored.
-    named: `native` is a tensor's own full name, not a module's.
+    named: `native` is a tensor's own full name, not a module's.  kernel: of the model's layer, () if
+    it is linear, None if it is not known.
     """
 
     layout: Layout
@@ -42,6 +44,7 @@ class Site:
     unused_alpha: float = 1.0
     dtype: torch.dtype | None = None
     named: bool = False
+    kernel: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def spell(change: Change, site: Site) -> Spelled:
         tensors[site.native + _modifier("alpha", site).suffix] = _scalar(limit)
     if magnitude is not None:
         spelling = _modifier("magnitude", site)
-        tensors[site.native + spelling.suffix] = _shaped(magnitude, spelling)
+        tensors[site.native + spelling.suffix] = _shaped(magnitude, spelling, site.kernel)
     return Spelled(tensors, kind, inner.rank, scale, exact and kept)
 
 
@@ -172,7 +175,22 @@ def _role_tensors(inner: Change, site: Site) -> tuple[dict[str, Tensor], bool]:
     """The tensors by role, and whether nothing was rounded."""
     if isinstance(inner, Scaling):
         return _scaling(inner, site)
+    if isinstance(inner, LowRank) and site.kernel is not None:
+        return _as_the_layer(inner, site.kernel), True
     return inner.tensors(), True
+
+
+def _as_the_layer(inner: LowRank, kernel: tuple[int, ...]) -> dict[str, Tensor]:
+    """The factors with the axes of the model's layer, for loaders that build their layers first.
+
+    Files have 1×1 convolutions as matrices, linear layers as 1×1 convolutions, and flattened kernels.
+    """
+    tensors, size = inner.tensors(), math.prod(kernel)
+    fits = math.prod(inner.kernel) in (1, size) and inner.down[0].numel() % size == 0
+    if inner.mid is not None or not fits:
+        return tensors
+    up = inner.up.reshape(*inner.up.shape[:2], *[1] * len(kernel))
+    return {**tensors, "up": up, "down": inner.down.reshape(inner.rank, -1, *kernel)}
 
 
 def _scaling(inner: Scaling, site: Site) -> tuple[dict[str, Tensor], bool]:
@@ -195,7 +213,7 @@ def _scaling(inner: Scaling, site: Site) -> tuple[dict[str, Tensor], bool]:
     return {"vector": vector.reshape(1, -1) if inner.on_input else vector.reshape(-1, 1)}, False
 
 
-def _shaped(magnitude: Magnitude, spelling: Spelling) -> Tensor:
+def _shaped(magnitude: Magnitude, spelling: Spelling, kernel: tuple[int, ...] | None) -> Tensor:
     """The magnitude's vector with the axes of length 1 that the layout writes around it."""
     vector, dims = magnitude.vector, max(len(magnitude.shape), magnitude.axes, 2)
     if spelling.axis == "by shape":
@@ -208,6 +226,8 @@ def _shaped(magnitude: Magnitude, spelling: Spelling) -> Tensor:
             code="magnitude-axis",
             hint="kohya and ComfyUI files can; or bake the adapter into its base",
         )
+    if kernel is not None:
+        dims = 2 + len(kernel)
     if spelling.conv and dims > 2:
         return vector.reshape(1, -1, *[1] * (dims - 2))
     return vector
