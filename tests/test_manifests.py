@@ -148,6 +148,9 @@ def test_a_file_written_in_its_own_format_has_the_same_tensors(name: str) -> Non
     assert after.tensors.keys() == spelled.keys()
     for key, old in spelled.items():
         one, two = after.tensors[key], before.tensors[old]
+        if name == "lycoris_sd15_dylora":
+            # It keeps the factors of convolutions as matrices; they are written with the layer's axes.
+            one = one.reshape(two.shape)
         assert torch.equal(one, two) if one.ndim else float(one) == float(two), key
 
 
