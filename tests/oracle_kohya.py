@@ -116,9 +116,9 @@ ALPHAS = (1.0, 3.0, 0.5, 4.0)
 
 @dataclass(frozen=True)
 class Trained:
-    """A file and, by "component:module", what it does to the weights.
+    """A file and what it does to a pipeline.
 
-    tensors: the file.  weights: the changed weights.
+    tensors: the file.  weights: the changed weights and biases, by "component:full name".
     """
 
     tensors: dict[str, Tensor]
@@ -135,36 +135,62 @@ def module_of(pipeline: Any, name: str) -> nn.Module:
 
 
 def train(
-    pipeline: Any, names: Names, *, dora: bool = False, alphas: Sequence[float] = ALPHAS, seed: int = 0
+    pipeline: Any,
+    names: Names,
+    *,
+    dora: bool = False,
+    biases: bool = False,
+    alphas: Sequence[float] = ALPHAS,
+    seed: int = 0,
 ) -> Trained:
     """A random kohya file for these modules; ranks and alphas differ from module to module."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     changed: dict[str, Tensor] = {}
     for number, (name, modules) in enumerate(names.items()):
-        base = torch.cat([_base(pipeline, module, name) for module in modules])
-        rank, alpha = 2 + number % 3, alphas[number % len(alphas)]
-        up = torch.randn(base.shape[0], rank, *[1] * (base.ndim - 2), generator=generator) * 0.3
-        down = torch.randn(rank, *base.shape[1:], generator=generator) * 0.3
-        tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"] = up, down
-        tensors[f"{name}.alpha"] = torch.tensor(alpha)
-        new = base + alpha / rank * (up.flatten(1) @ down.flatten(1)).reshape(base.shape)
+        weight = _stacked(pipeline, modules, "weight", name)
+        own = _random_lora(weight.shape, 2 + number % 3, alphas[number % len(alphas)], generator)
+        up, down = own["lora_up.weight"].flatten(1), own["lora_down.weight"].flatten(1)
+        weight = weight + float(own["alpha"]) / len(down) * (up @ down).reshape(weight.shape)
         if dora:
-            lengths = base.flatten(1).norm(dim=1) * (1 + 0.2 * torch.rand(base.shape[0], generator=generator))
-            tensors[f"{name}.dora_scale"] = lengths.reshape(-1, *[1] * (base.ndim - 1))
-            new *= tensors[f"{name}.dora_scale"] / new.flatten(1).norm(dim=1).reshape(
-                -1, *[1] * (base.ndim - 1)
-            )
-        heights = [module_of(pipeline, module).weight.shape[0] for module in modules]
-        for module, rows in zip(modules, new.split(heights), strict=True):  # type: ignore[no-untyped-call]
-            changed[module] = _swapped(rows, name)
+            lengths = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
+            own["dora_scale"] = torch.rand(lengths.shape, generator=generator) + 0.5
+            weight = weight * own["dora_scale"] / lengths
+        changed |= _parted(pipeline, modules, "weight", name, weight)
+        if biases:
+            bias = _stacked(pipeline, modules, "bias", name)
+            own["diff_b"] = torch.randn(bias.shape, generator=generator)
+            changed |= _parted(pipeline, modules, "bias", name, bias + own["diff_b"])
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in own.items()}
     return Trained(tensors, changed)
 
 
-def _base(pipeline: Any, module: str, name: str) -> Tensor:
-    weight = module_of(pipeline, module).weight.detach()
-    assert isinstance(weight, Tensor)
-    return _swapped(weight, name)
+def _random_lora(shape: torch.Size, rank: int, alpha: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """For a weight of this shape; a convolution's kernel is down's."""
+    ones = [1] * (len(shape) - 2)
+    return {
+        "lora_up.weight": torch.randn(shape[0], rank, *ones, generator=generator) * 0.3,
+        "lora_down.weight": torch.randn(rank, *shape[1:], generator=generator) * 0.3,
+        "alpha": torch.tensor(alpha),
+    }
+
+
+def _stacked(pipeline: Any, modules: Sequence[str], param: str, name: str) -> Tensor:
+    """The modules' weights or biases as the one tensor that kohya's name stands for."""
+    return torch.cat([_swapped(_param(pipeline, module, param), name) for module in modules])
+
+
+def _parted(pipeline: Any, modules: Sequence[str], param: str, name: str, whole: Tensor) -> dict[str, Tensor]:
+    """The other way round, by full name."""
+    heights = [len(_param(pipeline, module, param)) for module in modules]
+    parts = torch.split(whole, heights)
+    return {f"{module}.{param}": _swapped(part, name) for module, part in zip(modules, parts, strict=True)}
+
+
+def _param(pipeline: Any, module: str, param: str) -> Tensor:
+    tensor = getattr(module_of(pipeline, module), param)
+    assert isinstance(tensor, Tensor)
+    return tensor.detach()
 
 
 def _swapped(rows: Tensor, name: str) -> Tensor:

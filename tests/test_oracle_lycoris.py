@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
+from oracle_law import changes_of, check_deltas, randomise, relative, silence, weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import models
 from adapterkit.adapter import Adapter
+from adapterkit.compare import differences
+from adapterkit.errors import Unrepresentable
 from adapterkit.operations.convert import ConvertOptions, convert
 from adapterkit.operations.sources import load
-from oracle_law import changes_of, randomise, relative
 
 pytestmark = pytest.mark.oracle
 
@@ -31,6 +35,11 @@ PRESET = """
 unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D"]
 unet_target_name = ["conv_in", "conv_out"]
 exclude_name = ["(down_blocks.[12]|up_blocks.[012]).*"]
+"""
+LINEAR = """
+unet_target_module = ["Attention", "FeedForward"]
+unet_target_name = []
+exclude_name = ["(down_blocks|up_blocks).*"]
 """
 
 
@@ -68,6 +77,7 @@ CASES = {
     "loha, dora": algo("loha", dora_wd=True),
     "lokr": algo("lokr", factor=4),
     "lokr, both": algo("lokr", decompose_both=True, factor=8),
+    "lokr, both in fours": algo("lokr", decompose_both=True, factor=4),
     "lokr, whole": algo("lokr", full_matrix=True),
     "lokr, unbalanced": algo("lokr", unbalanced_factorization=True, factor=4),
     "lokr, core": algo("lokr", use_tucker=True, factor=4),
@@ -95,16 +105,15 @@ def unet(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def trained(
-    case: Case, folder: Path, text_encoder: nn.Module | None = None, seed: int = 1
+    case: Case, folder: Path, text_encoder: nn.Module | None = None, preset: str = PRESET, rank: int = RANK
 ) -> tuple[Any, nn.Module]:
     """A network of the case over a copy of the UNet, all of its weights random, and that copy."""
     model = copy.deepcopy(unet(case.dtype))
-    preset = folder / "preset.toml"
-    preset.write_text(PRESET)
-    options = {"preset": str(preset), "warn_on_unmatched": False, **case.options}
-    network = kohya.create_network(1.0, RANK, ALPHA, None, text_encoder, model, **options)
+    (folder / "preset.toml").write_text(preset)
+    options = {"preset": str(folder / "preset.toml"), "warn_on_unmatched": False, **case.options}
+    network = kohya.create_network(1.0, rank, ALPHA, None, text_encoder, model, **options)
     network.apply_to(text_encoder, model, text_encoder is not None, True)
-    randomise(network.to(case.dtype), seed, chosen=lambda name: True)
+    randomise(network.to(case.dtype), 1, chosen=lambda name: True)
     return network.eval(), model
 
 
@@ -156,7 +165,8 @@ def changed_layer(adapter: Adapter, name: str, layer: nn.Module) -> nn.Module:
 
 def layers_of(network: Any) -> Iterator[str]:
     """A spread sample of the names of the layers that a network changes, one of each kind at least."""
-    names = [name for name in _names() if f"lora_unet_{name.replace('.', '_')}" in _loras(network)]
+    changed = {name.removeprefix("lora_unet_").removeprefix("lycoris_") for name in _loras(network)}
+    names = [name for name in _names() if name.replace(".", "_") in changed]
     seen: set[object] = set()
     for number, name in enumerate(names):
         layer = unet().get_submodule(name)
@@ -167,7 +177,8 @@ def layers_of(network: Any) -> Iterator[str]:
 
 
 def _loras(network: Any) -> set[str]:
-    return {lora.lora_name for lora in network.unet_loras}
+    """A network's names for its layers; kohya's keeps those of the UNet apart."""
+    return {lora.lora_name for lora in getattr(network, "unet_loras", network.loras)}
 
 
 @cache
@@ -204,8 +215,8 @@ def test_what_lycoris_saves_changes_the_layers_as_it_applies_it(name: str, tmp_p
 # LyCORIS 4.1.3 builds wrong modules from its own files of other algorithms: DoRA along columns, LoKr with
 # a core or divided unevenly, IA³; and multiplies the constraint of an OFT by the rows once more.
 READABLE = (
-    *("locon", "locon, core", "locon, scalar", "dora, rows", "loha", "loha, core"),
-    *("lokr", "lokr, both", "glora, rslora", "oft, rescaled", "boft", "full", "norms"),
+    *("locon", "locon, core", "locon, scalar", "dora, rows", "loha, core"),
+    *("lokr, both", "glora, rslora", "oft, rescaled", "full", "norms"),
 )
 
 
@@ -213,14 +224,140 @@ READABLE = (
 def test_what_we_write_as_kohya_lycoris_applies_alike(name: str, tmp_path: Path) -> None:
     """By way of ComfyUI's names, which are the original ones, and back."""
     case = CASES[name]
-    network, model = trained(case, tmp_path)
+    network, _ = trained(case, tmp_path)
     path = saved(case, network, tmp_path)
     between, last = tmp_path / "between.safetensors", tmp_path / "last.safetensors"
-    convert(path, "comfyui", between, ConvertOptions(family="sd1"))
-    convert(between, "kohya", last, ConvertOptions(family="sd1"))
+    # What is written is looked at below.
+    options = ConvertOptions(family="sd1", verify="none")
+    convert(path, "comfyui", between, options)
+    convert(between, "kohya", last, options)
     ours, copied = reloaded(case, last)
-    theirs, _ = reloaded(case, path)
-    assert _loras(ours) == _loras(theirs)
+    assert _loras(ours) == _loras(network)
     adapter = load(path, family="sd1")
     with torch.no_grad():
         check_layers(case, adapter, ours, copied)
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr, both"])
+def test_the_helper_of_lycoris_applies_the_scale_twice_where_its_layer_does_once(
+    name: str, tmp_path: Path
+) -> None:
+    """get_diff_weight multiplies by alpha over rank a weight that has it already; 4.1.3 merges by it."""
+    case = CASES[name]
+    network, model = trained(case, tmp_path)
+    adapter = load(saved(case, network, tmp_path), family="sd1")
+    (lora,) = [
+        one for one in network.unet_loras if one.lora_name == "lora_unet_mid_block_attentions_0_proj_in"
+    ]
+    (change,) = changes_of(adapter, "unet")["mid_block.attentions.0.proj_in.weight"]
+    with torch.no_grad():
+        helper, _ = lora.get_diff_weight(multiplier=1.0, shape=lora.shape)
+        delta = change.dense(dtype=torch.float64).reshape(helper.shape)
+        assert relative(helper, delta * lora.scale) < 1e-7 and lora.scale == ALPHA / RANK
+        check_layers(case, adapter, network, model)
+
+
+@pytest.mark.parametrize("name", ["locon", "loha", "lokr, both", "oft"])
+def test_the_wrapper_of_any_module_is_read_by_its_own_prefix(name: str, tmp_path: Path) -> None:
+    """SimpleTuner's LyCORIS files are made so; the prefix tells no component."""
+    case = CASES[name]
+    model = copy.deepcopy(unet(case.dtype))
+    wrapper.LycorisNetwork.apply_preset(tomllib.loads(PRESET.replace("unet_target", "target")))
+    options = {"linear_dim": RANK, "linear_alpha": ALPHA, **case.options}
+    network = wrapper.create_lycoris(model, 1.0, **options)
+    network.apply_to()
+    randomise(network.to(case.dtype), chosen=lambda name: True)
+    path = tmp_path / "theirs.safetensors"
+    network.eval().save_weights(str(path), None, {})
+    adapter = load(path, family="sd1")
+    with torch.no_grad():
+        check_layers(case, adapter, network, model)
+
+
+def test_text_encoders_are_read_under_the_names_of_old_and_new_transformers(tmp_path: Path) -> None:
+    """transformers 5.6 took the outer module away, and with it a part of every name in such a file."""
+    encoder = models.clip_l().double()
+    case = CASES["loha"]
+    network, _ = trained(case, tmp_path, text_encoder=copy.deepcopy(encoder))
+    path = saved(case, network, tmp_path)
+    flat = load(path, family="sd1")
+    renamed = {
+        key.replace("lora_te_encoder", "lora_te_text_model_encoder"): tensor
+        for key, tensor in load_file(str(path)).items()
+    }
+    old = load(renamed, family="sd1")
+    assert len(changes_of(flat, "text_encoder")) == 72
+    assert changes_of(flat, "text_encoder").keys() == changes_of(old, "text_encoder").keys()
+    assert all(difference.error == 0 for difference in differences(flat, old))
+
+
+@pytest.mark.parametrize("name", ["dylora", "tlora"])
+def test_every_tensor_of_the_other_algorithms_is_explained_and_kept(name: str, tmp_path: Path) -> None:
+    case = algo(name)
+    network, _ = trained(case, tmp_path, preset=LINEAR)
+    path = saved(case, network, tmp_path)
+    adapter = load(path, family="sd1")
+    assert adapter.receipt.mapped == adapter.receipt.total
+    between, last = tmp_path / "between.safetensors", tmp_path / "last.safetensors"
+    options = ConvertOptions(family="sd1", verify="none")
+    convert(path, "comfyui", between, options)
+    convert(between, "kohya", last, options)
+    theirs, ours = load_file(str(path)), load_file(str(last))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[key], theirs[key].to(ours[key].dtype)) for key in theirs)
+
+
+def check_peft(case: Case, path: Path, folder: Path) -> None:
+    """PEFT builds the modules that the folder has and merges them as the file at `path` says."""
+    peft = pytest.importorskip("peft")
+    base = copy.deepcopy(unet(case.dtype))
+    before = weights(base)
+    with silence():
+        wrapped = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    after = weights(wrapped.merge_and_unload())
+    check_deltas(load(path, family="sd1"), before, after, component="unet", tolerance=1e-6)
+
+
+IN_PEFT = [
+    ("loha", PRESET, RANK),
+    ("loha, core", PRESET, RANK),
+    ("dora, rows", PRESET, RANK),
+    ("lokr", LINEAR, RANK),
+    ("lokr, whole", LINEAR, RANK),
+    ("lokr, both in fours", LINEAR, 1),
+]
+
+
+@pytest.mark.parametrize("name, preset, rank", IN_PEFT, ids=[name for name, *_ in IN_PEFT])
+def test_what_we_write_for_peft_loads_and_changes_the_weights_alike(
+    name: str, preset: str, rank: int, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    network, _ = trained(case, tmp_path, preset=preset, rank=rank)
+    path = saved(case, network, tmp_path)
+    convert(path, "peft", tmp_path / "ours", ConvertOptions(family="sd1", verify="none"))
+    check_peft(case, path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [("locon, core", "no-such-role"), ("lokr, unbalanced", "peft-factors"), ("loha, dora", "magnitude-kind")],
+)
+def test_what_peft_would_build_otherwise_is_refused_and_expands(name: str, code: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    network, _ = trained(case, tmp_path, preset=LINEAR if "lokr" in name else PRESET)
+    path = saved(case, network, tmp_path)
+    options = ConvertOptions(family="sd1", verify="none")
+    with pytest.raises(Unrepresentable) as refused:
+        convert(path, "peft", tmp_path / "ours", options)
+    assert refused.value.code == code and refused.value.hint.startswith("--as lora")
+    convert(path, "peft", tmp_path / "ours", replace(options, as_lora=True))
+    check_peft(case, path, tmp_path / "ours")
+
+
+def test_an_ia3_that_would_scale_biases_too_is_refused(tmp_path: Path) -> None:
+    case = CASES["ia3"]
+    path = saved(case, trained(case, tmp_path)[0], tmp_path)
+    with pytest.raises(Unrepresentable) as refused:
+        convert(path, "peft", tmp_path / "ours", ConvertOptions(family="sd1"))
+    assert refused.value.code == "ia3-bias"

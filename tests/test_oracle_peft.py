@@ -170,8 +170,11 @@ def test_what_peft_saves_changes_the_weights_as_it_merges_them(
 def loaded(case: Case, folder: Path) -> dict[str, Tensor]:
     """The model's weights with the adapter in `folder` merged; PEFT has nothing to say about it."""
     with silence():
-        wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model(case.model)), str(folder))
-    return merged(wrapped)
+        return merged(applied(case, folder))
+
+
+def applied(case: Case, folder: Path) -> Any:
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model(case.model)), str(folder))
 
 
 def check_loads(case: Case, folder: Path, expected: dict[str, Tensor], tolerance: float = 2e-6) -> None:
@@ -287,9 +290,13 @@ def test_a_pruned_adalora_keeps_the_divisor_of_the_rank_it_began_with(tmp_path: 
     adapter = load(tmp_path / "theirs")
     ranks = {change.rank for (change,) in changes_of(adapter, "model").values()}
     assert min(ranks) < 5
-    check_deltas(adapter, weights(model("llama")), loaded(case, tmp_path / "theirs"), component="model")
+    with warnings.catch_warnings():
+        # PEFT takes its own masks for ranks of modules that are not there.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+        after = merged(applied(case, tmp_path / "theirs"))
+    check_deltas(adapter, weights(model("llama")), after, component="model")
     convert(tmp_path / "theirs", "peft", tmp_path / "ours", ConvertOptions(as_lora=True))
-    check_loads(case, tmp_path / "ours", loaded(case, tmp_path / "theirs"))
+    check_loads(case, tmp_path / "ours", after)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
