@@ -22,7 +22,8 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
     StoreError where a file is in the way, or is there already and may not be replaced.
     """
     ground = _existing(folder)
-    targets = {name: _free(folder, name, overwrite) for name in names}
+    for name in names:
+        _free(folder, name, overwrite)
     sweep(ground)
     try:
         temporary = ground / TEMPORARY.format(secrets.token_hex(8))
@@ -31,7 +32,7 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
             with locked(temporary):
                 with _called(temporary, folder):
                     yield temporary
-                _put(temporary, folder, targets)
+                _put(temporary, folder, names, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -70,11 +71,13 @@ def _called(temporary: Path, folder: Path) -> Iterator[None]:
         raise
 
 
-def _put(temporary: Path, folder: Path, targets: dict[str, Path]) -> None:
+def _put(temporary: Path, folder: Path, names: Sequence[str], overwrite: bool) -> None:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(folder)
         return
+    # Somebody may have put files there meanwhile.
+    targets = {name: _free(folder, name, overwrite) for name in names}
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         (temporary / name).replace(target)
