@@ -34,9 +34,11 @@ from hostile import BROKEN_SAFETENSORS, NOT_TENSORS
 from hostile_pickles import attacks, state_dict, tensor, torch_zip
 
 from adapterkit.adapter import Adapter
+from adapterkit.errors import Json
 from adapterkit.operations import convert as convert_module
 from adapterkit.plan import Options, Plan, make_plan
 from adapterkit.specs.families import Target
+from adapterkit.stores import write_json
 
 ADAPTERKIT = [sys.executable, "-m", "adapterkit"]
 
@@ -355,6 +357,31 @@ def test_an_interrupted_folder_leaves_nothing_behind(number: signal.Signals, tmp
     assert running.returncode == 128 + number
     assert b"Traceback" not in stderr
     assert set(contents(tmp_path)) == before
+
+
+def test_the_half_of_a_folder_that_a_killed_program_left_is_swept_away(tmp_path: Path) -> None:
+    source = peft_folder(tmp_path / "adapter")
+    left = peft_folder(tmp_path / ".adapterkit-0123.tmp")
+    young = peft_folder(tmp_path / ".adapterkit-4567.tmp")
+    os.utime(left, (1, 1))
+    assert run("convert", source, "--to", "peft", "-o", tmp_path / "new").exit_code == 0
+    assert not left.exists()
+    assert young.exists(), "it may belong to a program that has only begun"
+
+
+def test_what_another_program_wrote_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = peft_folder(tmp_path / "adapter")
+    def slowly(path: Path, value: Json) -> None:
+        peft_folder(tmp_path / "new", b"theirs")
+        write_json(path, value)
+
+    monkeypatch.setattr(convert_module, "write_json", slowly)
+    result = run("convert", source, "--to", "peft", "-o", tmp_path / "new")
+    check_error(Fault("", good, "exists", (), "--force"), tmp_path / "new", result, 2)
+    assert (tmp_path / "new" / "adapter_config.json").read_bytes() == b"theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "new"}
 
 
 def test_an_input_cut_short_while_it_is_read_is_an_error(
