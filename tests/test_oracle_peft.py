@@ -21,6 +21,7 @@ from adapterkit.errors import Unrepresentable
 from adapterkit.operations.convert import ConvertOptions, convert
 from adapterkit.operations.convert import save as save_adapter
 from adapterkit.operations.sources import load
+from adapterkit.peft_factors import divided
 from adapterkit.specs.tuner_config import TunerConfig
 from adapterkit.stores import open_store
 
@@ -312,3 +313,11 @@ def test_an_adapter_whose_base_peft_changes_is_not_parted_from_its_configuration
             tmp_path / "theirs", "peft", tmp_path / "ours", ConvertOptions(fold=True, family="transformers")
         )
     assert refused.value.code == "config-needed"
+
+
+def test_a_size_is_divided_as_peft_divides_it() -> None:
+    from peft.tuners.lokr.layer import factorization
+
+    sizes = [*range(1, 130), 320, 640, 768, 1280, 3072, 9216, 21504]
+    for factor in (-1, *range(1, 20)):
+        assert [divided(size, factor) for size in sizes] == [factorization(size, factor) for size in sizes]
