@@ -25,15 +25,24 @@ LIBRARIES = ("peft", "diffusers", "transformers", "LyCORIS")
 NEAR_ONE = ("magnitude", "ia3_l", "boft_s", "dora_scale", "rescale")
 
 
+class _Listener(logging.Handler):
+    """Keeps what is said."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 @contextlib.contextmanager
 def silence(but: str = "") -> Iterator[None]:
     """Fail if a library logs or raises a warning: a key it misses, or one it does not expect.
 
     but: the beginning of a message that is none.
     """
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler = _Listener(logging.WARNING)
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     for logger in loggers:
         logger.addHandler(handler)
@@ -49,7 +58,7 @@ def silence(but: str = "") -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-    said = [record.getMessage()[:300] for record in records]
+    said = [message[:300] for message in handler.messages]
     assert not [text for text in said if not (but and text.startswith(but))], said
 
 

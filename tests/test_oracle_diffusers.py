@@ -369,7 +369,7 @@ def test_a_control_file_written_for_peft_replaces_norms_and_changes_biases(tmp_p
         "final_layer.linear": "proj_out",
     }
     expected = weights(model)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in layers.items():
         rows, columns = expected[f"{module}.weight"].shape
         factors(tensors, name, rows, columns, ("lora_B", "lora_A"))

@@ -136,7 +136,7 @@ def saved(case: Case, network: Any, folder: Path) -> Path:
 
 def sample(layer: nn.Module) -> Tensor:
     """An input of the layer's, in its dtype."""
-    return _sample(layer).to(layer.weight.dtype)
+    return _sample(layer).to(next(layer.parameters()).dtype)
 
 
 def _sample(layer: nn.Module) -> Tensor:

@@ -289,7 +289,7 @@ def test_a_pruned_adalora_keeps_the_divisor_of_the_rank_it_began_with(tmp_path: 
         wrapped.base_model.update_and_allocate(step)
     save(wrapped, tmp_path / "theirs")
     adapter = load(tmp_path / "theirs")
-    ranks = {change.rank for (change,) in changes_of(adapter, "model").values()}
+    ranks = [change.rank or 0 for (change,) in changes_of(adapter, "model").values()]
     assert min(ranks) < 5
     with warnings.catch_warnings():
         # PEFT takes its own masks for ranks of modules that are not there.
