@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
     from adapterkit.errors import AdapterkitError
+    from adapterkit.operations.catalogue import explain, formats
     from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
     from adapterkit.operations.diff import Comparison, diff
     from adapterkit.operations.inspect import Inspection, inspect
@@ -32,6 +33,8 @@ __all__ = [
     "Opened",
     "convert",
     "diff",
+    "explain",
+    "formats",
     "inspect",
     "load",
     "open",
@@ -49,6 +52,8 @@ _HOMES = {
     "Opened": "adapterkit.operations.sources",
     "convert": "adapterkit.operations.convert",
     "diff": "adapterkit.operations.diff",
+    "explain": "adapterkit.operations.catalogue",
+    "formats": "adapterkit.operations.catalogue",
     "inspect": "adapterkit.operations.inspect",
     "load": "adapterkit.operations.sources",
     "open": "adapterkit.operations.sources",

@@ -166,6 +166,31 @@ def test_paths_that_lead_nowhere(path: str, code: str, tmp_path: Path) -> None:
     assert not contents(tmp_path)
 
 
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize(
+    ("output", "code"), [("", "usage"), ("a\0b", "system"), ("x" * 300, "system")], ids=ascii
+)
+def test_outputs_that_can_be_no_path(
+    output: str, code: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = good(tmp_path / "style.safetensors")
+    monkeypatch.chdir(tmp_path)
+    result = run("convert", source, "--to", to, "-o", output)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error[{code}]: ") and "\nhint: " in result.stderr
+    assert set(contents(tmp_path)) == {"style.safetensors"}
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good(tmp_path / "style.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for command in (["inspect", ""], ["convert", "", "--to", "kohya", "-o", "new"], ["diff", "", ""]):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "the path of the input is empty" in result.stderr
+    assert set(contents(tmp_path)) == {"style.safetensors"}
+
+
 def itself(folder: Path) -> Path:
     return folder / "style.safetensors"
 
@@ -373,6 +398,7 @@ def test_what_another_program_wrote_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = peft_folder(tmp_path / "adapter")
+
     def slowly(path: Path, value: Json) -> None:
         peft_folder(tmp_path / "new", b"theirs")
         write_json(path, value)

@@ -76,7 +76,7 @@ def test_flat_names_are_the_classic_ones_without_their_first_part(name: str) -> 
 
 @pytest.mark.parametrize("name", ["clip_g", "clip_l_proj"])
 def test_a_projection_keeps_its_name_in_flat_names(name: str) -> None:
-    """CLIPTextModelWithProjection nests the text model in every version; a plain one put in its place does not."""
+    """CLIPTextModelWithProjection nests the text model in every version; a plain CLIPTextModel does not."""
     projection = network(name).namings["hf_flat"].find("text_projection")
     assert projection is not None and projection.span[0].module == "text_projection"
 

@@ -40,10 +40,10 @@ def formats(output: Output) -> int:
 @click.pass_obj
 def explain(output: Output, topic: str) -> int:
     """Explain TOPIC: a tensor's key, a format, or the code of an error or problem."""
-    from adapterkit.operations.catalogue import explain_topic
+    from adapterkit.operations.catalogue import explain
     from adapterkit.reports.catalogue import answer_report
 
-    answer = explain_topic(topic)
+    answer = explain(topic)
     if output.json:
         output.document("explain", answer.as_json())
     else:

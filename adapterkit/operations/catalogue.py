@@ -107,7 +107,7 @@ def error_texts() -> Mapping[str, str]:
     return cast(Mapping[str, str], tomllib.loads((formats_dir() / "errors.toml").read_text("utf-8")))
 
 
-def explain_topic(topic: str) -> Answer:
+def explain(topic: str) -> Answer:
     """Explain a format's name, an error's code, or a tensor's key.
 
     Raises UsageError if it is none of them.
