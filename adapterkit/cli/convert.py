@@ -79,7 +79,7 @@ def convert(
     Nothing is lost without consent: what the format cannot say is refused until --allow names it.
     Every output is read back and compared before it takes its name.
     """
-    if place is None and not plan:
+    if not place and not plan:
         raise UsageError(
             "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
         )

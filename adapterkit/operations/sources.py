@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Union
 
 from adapterkit.detect import Explanation, explain
+from adapterkit.errors import UsageError
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.families import families
 from adapterkit.specs.tuner_config import CONFIG_FILE
@@ -62,6 +63,9 @@ def store_of(source: Source) -> Store:
         return source.store
     if isinstance(source, Store):
         return source
+    if source == "":
+        # As a path it would be the folder one happens to be in.
+        raise UsageError("the path of the input is empty", hint="name a file or a folder")
     if isinstance(source, str | Path):
         parts = _component_folders(Path(source))
         return _joined(Path(source), parts) if parts else open_store(source)

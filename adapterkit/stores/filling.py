@@ -42,6 +42,9 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
 def _existing(folder: Path) -> Path:
     """The folder itself or the nearest one above it that exists."""
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # What can be no path at all says so here.
+            folder.stat()
         found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if found.is_dir():
             return found
