@@ -33,6 +33,8 @@ _TYPES = {
     "vera": "VERA",
     "tokens": "TRAINABLE_TOKENS",
 }
+# What their configurations say beside names and scales (initial ranks, masks, indices) is not in the tensors.
+_SAY_MORE = ("ADALORA", "VERA", "TRAINABLE_TOKENS")
 # Fields that say nothing of the tensors, so that they hold for any adapter of the same base.
 _OF_THE_BASE = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 # Fields that choose modules or scales, all of which are written out anew, module by module.
@@ -51,6 +53,8 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
     if old is not None and old.peft_type == peft_type and _still_true(plan, modules, old):
         return dict(old.values)
     base: dict[str, Json] = {}
+    if peft_type in _SAY_MORE and not (old and old.peft_type == peft_type and _same_scales(modules, old)):
+        raise _not_without_its_own(peft_type)
     if old is not None:
         if old.needs_itself is not None:
             raise _not_rewritten(old.needs_itself)
@@ -75,8 +79,13 @@ def _still_true(plan: Plan, modules: Sequence[Module], old: TunerConfig) -> bool
     scales = [m.scale for m in modules if m.scale is not None]
     # AdaLoRA's ranks change while it trains; its configuration says what was pruned.
     same_ranks = old.peft_type == "ADALORA" or all(m.rank in (0, old.rank(m.module)) for m in scales)
-    same_scales = all(old.scale(m.module, m.rank) == m.scale for m in scales)
-    return same_ranks and same_scales and all(_is_as_read(plan, module) for module in modules)
+    as_read = all(_is_as_read(plan, module) for module in modules)
+    return same_ranks and as_read and _same_scales(modules, old)
+
+
+def _same_scales(modules: Sequence[Module], old: TunerConfig) -> bool:
+    scales = [m.scale for m in modules if m.scale is not None]
+    return all(old.scale(m.module, m.rank) == m.scale for m in scales)
 
 
 def _is_as_read(plan: Plan, module: Module) -> bool:
@@ -93,6 +102,15 @@ def _not_rewritten(field: str) -> Unrepresentable:
         code="config-needed",
         hint="convert to peft without changing names, kinds or scales",
         details={"field": field},
+    )
+
+
+def _not_without_its_own(peft_type: str) -> Unrepresentable:
+    return Unrepresentable(
+        f"a configuration of {peft_type} cannot be made from the tensors alone, nor for other scales",
+        code="config-needed",
+        hint="give the folder with its configuration and leave the scale; --as lora needs no such thing",
+        details={"type": peft_type},
     )
 
 

@@ -300,6 +300,21 @@ def test_a_pruned_adalora_keeps_the_divisor_of_the_rank_it_began_with(tmp_path: 
     check_loads(case, tmp_path / "ours", after)
 
 
+@pytest.mark.parametrize("name", ["adalora", "vera", "tokens"])
+def test_what_only_its_own_configuration_says_is_not_made_up(name: str, tmp_path: Path) -> None:
+    save(adapted(CASES[name]), tmp_path / "theirs")
+    adapter = load(tmp_path / "theirs")
+    with pytest.raises(Unrepresentable) as refused:
+        save_adapter(replace(adapter, tuners={}), "peft", tmp_path / "ours")
+    assert refused.value.code == "config-needed"
+
+
+def test_the_scale_of_an_adalora_is_not_folded(tmp_path: Path) -> None:
+    save(adapted(CASES["adalora"]), tmp_path / "theirs")
+    with pytest.raises(Unrepresentable):
+        convert(tmp_path / "theirs", "peft", tmp_path / "ours", ConvertOptions(fold=True))
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_adapter_whose_base_peft_changes_is_not_parted_from_its_configuration(
     start: str, tmp_path: Path
