@@ -216,7 +216,7 @@ class _Building:
         magnitude = entry.modifiers.get("magnitude")
         if magnitude is None:
             return inner
-        return _with_magnitude(inner, self.store.tensor(magnitude.key), magnitude.spelling.axis)
+        return _with_magnitude(inner, self._tensor(magnitude), magnitude.spelling.axis)
 
     def _tensor(self, role: Role) -> Tensor:
         info = self.store.tensors[role.key]
