@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from golden_kinds import Array, Made, Stored
+from golden_kinds import Array, Made, Stored, probe
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "golden"
 
@@ -67,8 +67,9 @@ class Golden:
             self.note(f"{shares[0][0]}.bias", made.bias)
 
     def note(self, name: str, delta: Array, *, known: bool = True) -> None:
-        norm = float(np.linalg.norm(delta)) if known else None
-        self.deltas[name] = {"shape": list(delta.shape), "norm": norm}
+        norm, turn = (float(np.linalg.norm(delta)), float((delta * probe(*delta.shape)).sum()))
+        found = {"norm": norm, "probe": turn} if known else {"norm": None, "probe": None}
+        self.deltas[name] = {"shape": list(delta.shape), **found}
 
     def facts(self) -> str:
         """What is noted beside the file, a line for each delta."""

@@ -76,7 +76,7 @@ def reshape(rng: random.Random, tensors: Tensors, metadata: dict[str, str]) -> N
     ways = [old[..., None], old[None], old.flatten(), old.flatten()[:1], old.flatten()[:0]]
     if old.ndim:
         ways += [old.movedim(0, -1), old[:-1], old[..., :-1], old[:0], torch.cat([old, old])]
-    tensors[key] = rng.choice(ways).clone()
+    tensors[key] = rng.choice(ways).contiguous().clone()
 
 
 def retype(rng: random.Random, tensors: Tensors, metadata: dict[str, str]) -> None:
