@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from adapterkit import deltas
 from adapterkit.deltas import Change
@@ -47,7 +47,7 @@ class Adapter:
     changes: per place, the changes that act on it (several add up).
     scales: per place, where its scale came from.
     natives: per place, the module's name in the file it came from, for messages.
-    keys: per place, the tensors of the file that it was made from.
+    keys: per place, for each of its changes, the tensors of the file that it was made from, by role.
     passengers: tensors that travel along; `carried` are the keys of the file they came from.
     tuners: the configuration that came with the file, per component ("" for all).
     store: where the tensors lie; it must stay open while they are used.
@@ -59,7 +59,7 @@ class Adapter:
     receipt: Receipt
     scales: Mapping[Place, Scale] = field(default_factory=dict)
     natives: Mapping[Place, str] = field(default_factory=dict)
-    keys: Mapping[Place, tuple[str, ...]] = field(default_factory=dict)
+    keys: Mapping[Place, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
     passengers: Mapping[str, Tensor] = field(default_factory=dict)
     tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
     layouts: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ class _Building:
     scales: dict[Place, Scale] = field(default_factory=dict)
     natives: dict[Place, str] = field(default_factory=dict)
     owners: dict[Place, list[str]] = field(default_factory=lambda: defaultdict(list))
-    keys: dict[Place, tuple[str, ...]] = field(default_factory=dict)
+    keys: dict[Place, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
         entry = self._with_experts(entry)
@@ -179,7 +179,8 @@ class _Building:
         if KINDS[entry.kind].scales:
             self.scales[entry.place] = scale
         self.natives.setdefault(entry.place, entry.native)
-        self.keys[entry.place] = (*self.keys.get(entry.place, ()), *entry.keys)
+        keys = {name: role.key for name, role in (*entry.roles.items(), *entry.modifiers.items())}
+        self.keys[entry.place] = (*self.keys.get(entry.place, ()), keys)
 
     def _with_experts(self, entry: Entry) -> Entry:
         """The entry, of its true kind where only the configuration tells that its weight is many."""
@@ -279,14 +280,7 @@ def weight_shape(family: Family, place: Place) -> tuple[int, ...] | None:
     network = family.network(place.component)
     if network is None or place.param == "bias":
         return None
-    shapes = [network.weight_shape(piece.module) for piece in place.span]
-    if not shapes or any(shape is None for shape in shapes):
-        return None
-    known = cast(list[tuple[int, ...]], shapes)
-    rows = sum(
-        int(shape[0] * (piece.stop - piece.start)) for shape, piece in zip(known, place.span, strict=True)
-    )
-    return (rows, *known[0][1:])
+    return network.stacked_shape(place.span)
 
 
 def _no_overlap(changes: Mapping[Place, list[Change]], owners: Mapping[Place, list[str]], where: str) -> None:

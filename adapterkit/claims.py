@@ -17,6 +17,10 @@ from adapterkit.specs.wrappers import strip_adapter_name
 from adapterkit.stores import Store, TensorInfo
 
 _SAMPLE = 24
+# A 3-D or widened layer here and there is the same model still; other sizes throughout are another.
+_FITTING = 0.5
+# HunyuanVideo shares 57 % of its flattened names with FLUX.1, Chroma with its own layers 95 %.
+_FOREIGN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Candidate:
 
     share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
     number of dimensions, and whose sizes, are the base model's (None: none was checked).
+    misfits: checked modules whose sizes are not.  foreign: the share of the file's modules, in the
+    layout that explains most of it, that the family does not have.
     evidence: metadata agrees.
     prefixed: the share of modules under a prefix that says what they are, not bare names.
     """
@@ -34,12 +40,24 @@ class Candidate:
     share: float
     dimensions: float
     shapes: float | None
+    misfits: tuple[str, ...]
+    foreign: float
     evidence: bool
     prefixed: float
 
     @property
     def rank(self) -> tuple[float, ...]:
         return (round(self.share, 6), self.dimensions, self.shapes or 0.0, self.evidence, self.prefixed)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sizes can be this model's."""
+        return self.shapes is None or self.shapes >= _FITTING
+
+    @property
+    def plausible(self) -> bool:
+        """Whether this can be the file's model: most of its modules exist there, in these sizes."""
+        return self.fits and self.foreign <= _FOREIGN
 
 
 @dataclass
@@ -143,16 +161,7 @@ def _base_shape(family: Family, located: Located) -> tuple[int, ...] | None:
     network = family.network(located.prefix.component)
     if network is None:
         return None
-    shapes = [network.weight_shape(piece.module) for piece in located.row.span]
-    if any(shape is None for shape in shapes):
-        return None
-    rows = sum(
-        int(shape[0] * (piece.stop - piece.start))
-        for shape, piece in zip(shapes, located.row.span, strict=True)
-        if shape
-    )
-    first = shapes[0]
-    return (rows, *first[1:]) if first else None
+    return network.stacked_shape(located.row.span)
 
 
 def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[bool, bool] | None:
@@ -233,7 +242,7 @@ def candidate(
         return None
     carried = {key for claim in chosen for key in store.tensors if claim.keys.layout.passenger(key)}
     checked = [
-        fit
+        (stem, fit)
         for claim in chosen
         for stem, rows in claim.located.items()
         if (shape := shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
@@ -248,12 +257,25 @@ def candidate(
         family=family,
         layouts=tuple(claim.keys.layout.name for claim in chosen),
         share=len(explained | carried) / len(store.tensors),
-        dimensions=sum(same for same, _ in checked) / len(checked) if checked else 0.0,
-        shapes=sum(same for _, same in checked) / len(checked) if checked else None,
+        dimensions=sum(same for _, (same, _) in checked) / len(checked) if checked else 0.0,
+        shapes=sum(same for _, (_, same) in checked) / len(checked) if checked else None,
+        misfits=tuple(stem for stem, (_, same) in checked if not same),
+        foreign=_foreign(chosen[0], explained),
         evidence=_evidence(family, store.metadata),
         prefixed=sum(bool(rows[0].prefix.text) for rows in located) / len(located),
     )
     return found, chosen
+
+
+def _foreign(claim: Claim, explained: set[str]) -> float:
+    """The share of a claim's whole modules that neither it nor another claim has a name for."""
+    whole = [
+        items
+        for items in claim.keys.modules.values()
+        if any(option.kind not in {"", "set"} for _, options in items for option in options)
+    ]
+    unknown = sum(all(key not in explained for key, _ in items) for items in whole)
+    return unknown / len(whole) if whole else 0.0
 
 
 def _is_checkpoint(claims: Sequence[Claim]) -> bool:

@@ -6,10 +6,11 @@ walk together, every canonical name exists, a stack does not mix modules with si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from adapterkit.errors import SpecError
@@ -49,22 +50,46 @@ def names_in(path: Path, document: Table) -> list[str]:
 
 
 def expand_network(path: Path, document: Table, name: str) -> Network:
-    """One network of a file, all its namings written out and proven. Raises SpecError."""
+    """One network of a file. Raises SpecError, for a wrong row when its naming is first used."""
     where = path.name if path.stem == name else f"{path.name}: {name}"
     summary, canonical, source = (as_text(document.get(key), f"{where}: {key}") for key in _TEXTS)
     sizes = as_table(document.get("sizes", {}), f"{where}: sizes")
     constants = as_constants(sizes.get(name, {}), f"{where}: sizes")
     stock = _blocks_for(name, sizes, document.get("inventory"), f"{where}: inventory")
     inventory = build_inventory(stock, constants, f"{where}: inventory")
-    namings = {canonical: _identity(canonical, inventory, f"{where}: naming `{canonical}`")}
+    namings = _Namings()
+    namings.makers[canonical] = partial(_identity, canonical, inventory, f"{where}: naming `{canonical}`")
     for key in (key for key in document if key not in _NOT_NAMINGS):
         scope = _Scope(inventory, constants, f"{where}: naming `{key}`")
         if key == canonical:
             raise SpecError(f"{scope.where} is the canonical one: it is the inventory and needs no block")
         blocks = _blocks_for(name, sizes, document[key], scope.where)
         if blocks:
-            namings[key] = _naming(key, blocks, namings, scope)
+            # What it may extend is what was written above it.
+            namings.makers[key] = partial(_naming, key, blocks, _Namings(dict(namings.makers)), scope)
     return Network(name, summary, source, canonical, inventory.shapes, namings)
+
+
+class _Namings(Mapping[str, Naming]):
+    """Namings that are written out and proven when they are first asked for: most files need one."""
+
+    def __init__(self, makers: dict[str, Callable[[], Naming]] | None = None) -> None:
+        self.makers = makers or {}
+        self._made: dict[str, Naming] = {}
+
+    def __getitem__(self, name: str) -> Naming:
+        if name not in self._made:
+            self._made[name] = self.makers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
 
 
 def _blocks_for(name: str, sizes: Table, value: object, where: str) -> list[Table]:

@@ -53,7 +53,11 @@ def _file(name: str) -> Path:
 
 def parse_network(path: Path, document: Mapping[str, object]) -> list[Network]:
     """Every network of one file (one per size) from its parsed TOML. Raises SpecError."""
-    return [expand_network(path, document, name) for name in names_in(path, document)]
+    networks = [expand_network(path, document, name) for name in names_in(path, document)]
+    for found in networks:
+        for naming in found.namings:
+            found.namings[naming]
+    return networks
 
 
 @cache

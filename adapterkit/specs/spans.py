@@ -35,7 +35,7 @@ class Piece:
     @property
     def whole(self) -> bool:
         """Whether it is all rows of its module."""
-        return (self.start, self.stop) == (ZERO, ONE)
+        return (self.start is ZERO and self.stop is ONE) or (self.start, self.stop) == (ZERO, ONE)
 
 
 Span = tuple[Piece, ...]
@@ -112,6 +112,18 @@ class Network:
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
         """The shape of a module's weight, or of the bare parameter of that name."""
         return self.shapes.get(f"{module}.weight") or self.shapes.get(module)
+
+    def stacked_shape(self, span: Span) -> tuple[int, ...] | None:
+        """The shape of the weight that stacks these rows; None if one of its pieces has none."""
+        shapes = [self.weight_shape(piece.module) for piece in span]
+        known = [shape for shape in shapes if shape is not None]
+        if not known or len(known) < len(shapes):
+            return None
+        rows = sum(
+            shape[0] if piece.whole else int(shape[0] * (piece.stop - piece.start))
+            for shape, piece in zip(known, span, strict=True)
+        )
+        return (rows, *known[0][1:])
 
     @property
     def parameters(self) -> int:
