@@ -74,7 +74,7 @@ def _old(plan: Plan, component: str) -> TunerConfig | None:
 
 def _still_true(plan: Plan, modules: Sequence[Module], old: TunerConfig) -> bool:
     """Whether the output has the input's modules, all of them, under their names and with their scales."""
-    if any(place.component == modules[0].component for place in plan.lost):
+    if any(source.place.component == modules[0].component for source in plan.lost):
         return False
     scales = [m.scale for m in modules if m.scale is not None]
     # AdaLoRA's ranks change while it trains; its configuration says what was pruned.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapter import Adapter, Receipt, weight_shape
-from adapterkit.deltas import Magnitude
+from adapterkit.deltas import Change, Magnitude
 from adapterkit.errors import Json, Refused, Unrepresentable, Untranslatable
 from adapterkit.recut import Cut, Preparation, Source, recut
 from adapterkit.specs.families import Place, Target
@@ -65,7 +65,7 @@ class Module:
 class Plan:
     """An adapter, a target, and everything that will be written.
 
-    receipt: what becomes of every input tensor.  lost: places left out by consent, and which.
+    receipt: what becomes of every input tensor.  lost: changes left out by consent, and which.
     idle: modules left out because they are exactly zero beside parts that are not.
     rounded: modules whose scale could not be folded exactly.
     """
@@ -76,19 +76,19 @@ class Plan:
     modules: tuple[Module, ...]
     passengers: Mapping[str, Tensor]
     receipt: Receipt
-    lost: Mapping[Place, str]
+    lost: Mapping[Source, str]
     idle: tuple[str, ...]
 
     @cached_property
     def expected(self) -> Adapter:
         """The input's own changes, as they were read, that the output must make: all but the lost."""
         bare = _bare_axes(self.layout, self.options)
+        lost = {(source.place, change) for source in self.lost for change in source.originals}
         kept = {
-            place: tuple(c.inner if isinstance(c, Magnitude) and c.axis in bare else c for c in changes)
+            place: tuple(_without(bare, change) for change in changes if (place, change) not in lost)
             for place, changes in self.adapter.changes.items()
-            if place not in self.lost
         }
-        return replace(self.adapter, changes=kept)
+        return replace(self.adapter, changes={place: changes for place, changes in kept.items() if changes})
 
     @cached_property
     def rounded(self) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ class Plan:
 
     def _checked(self, key: str, tensor: Tensor, module: Module) -> Tensor:
         if "nonfinite" not in self.options.allow and not is_finite(tensor):
-            places = [source.place for part in module.cut.parts if (source := part.source)]
+            places = [source.place for source in module.cut.sources]
             raise _not_finite(key, tensor, [self.adapter.natives.get(place, key) for place in places])
         return tensor
 
@@ -221,7 +221,7 @@ class _Planning:
     options: Options
     modules: list[Module] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
-    lost: dict[Place, str] = field(default_factory=dict)
+    lost: dict[Source, str] = field(default_factory=dict)
     dropped_passengers: list[str] = field(default_factory=list)
     taken: set[tuple[str, str]] = field(default_factory=set)
 
@@ -236,10 +236,10 @@ class _Planning:
             self.options.fold,
         )
         sources = [
-            Source(place, change, preparation)
+            source
             for place, changes in self.adapter.changes.items()
             if place.component == component
-            for change in changes
+            for source in _sources(place, changes, preparation)
         ]
         prefix = self.target.prefixes.get(component)
         if prefix is None:
@@ -254,6 +254,15 @@ class _Planning:
         for cut in sorted(found.cuts, key=lambda cut: cut.param == "bias"):
             wrapped = cut.row.native in wrapping or (cut.kind == "tokens" and bool(wrapping))
             self._add(cut, component, prefix.text, scales, wrapped)
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Leave out the other modules that a lost change would be part of: it is lost as a whole."""
+        while torn := [m for m in self.modules if not self.lost.keys().isdisjoint(m.cut.sources)]:
+            self.modules = [module for module in self.modules if module not in torn]
+            for module in torn:
+                reason = next(self.lost[source] for source in module.cut.sources if source in self.lost)
+                self.lost.update((s, reason) for s in module.cut.sources if s not in self.lost)
 
     def _require_meaning(self, component: str) -> None:
         """Refuse to part tensors from a configuration without which they mean another change."""
@@ -278,7 +287,7 @@ class _Planning:
                 hint="--allow untranslatable leaves them out; another format may keep them",
                 details={"modules": list[Json](natives), "component": component},
             )
-        self.lost.update((source.place, "untranslatable") for source in sources)
+        self.lost.update((source, "untranslatable") for source in sources)
 
     def _add(self, cut: Cut, component: str, prefix: str, scales: dict[str, float], wrapped: bool) -> None:
         native = prefix + cut.row.native.replace(".", self.layout.dot)
@@ -305,7 +314,7 @@ class _Planning:
             spelled = spell(change, site)
         except Unrepresentable as error:
             if "untranslatable" in self.options.allow:
-                self.lost.update((s.place, error.code) for part in cut.parts if (s := part.source))
+                self.lost.update((source, error.code) for source in cut.sources)
                 return
             raise
         if spelled.scale is not None and spelled.kind == "lora":
@@ -315,17 +324,14 @@ class _Planning:
         scale = None
         if spelled.scale is not None:
             scale = ModuleScale(cut.row.native, spelled.rank or 0, spelled.scale)
-        exact = spelled.exact and all(
-            s.preparation.exact(s.original) for part in cut.parts if (s := part.source)
-        )
+        exact = spelled.exact and all(source.exact for source in cut.sources)
         self.modules.append(
             Module(component, native, cut.row.native, cut, site, spelled.kind, tensors, scale, exact)
         )
 
     def _alpha(self, cut: Cut) -> float:
         """The alpha that the file gives the first source of a cut, or 1."""
-        sources = [part.source for part in cut.parts if part.source is not None]
-        found = self.adapter.scales.get(sources[0].place) if sources else None
+        found = self.adapter.scales.get(cut.sources[0].place) if cut.sources else None
         return found.alpha if found is not None and found.alpha is not None else 1.0
 
     def _has_bias(self, cut: Cut, component: str) -> bool:
@@ -338,9 +344,7 @@ class _Planning:
         return shape[2:] if shape and len(shape) >= 2 else None
 
     def _is_vector(self, cut: Cut, component: str) -> bool:
-        source = next((part.source for part in cut.parts if part.source), None)
-        if source is None:
-            return False
+        source = cut.sources[0]
         shape = weight_shape(self.adapter.family, replace(source.place, param="weight"))
         if shape is not None:
             return len(shape) == 1
@@ -353,7 +357,9 @@ class _Planning:
                 raise Unrepresentable(
                     f"`{native}`: two kinds of change would share the key `{key}`",
                     code="two-kinds",
-                    hint="--as lora expands them to one kind",
+                    hint="bake the adapter into its base"
+                    if self.options.as_lora
+                    else "--as lora expands them to one kind",
                     details={"key": key},
                 )
             self.taken.add((file, key))
@@ -379,9 +385,7 @@ class _Planning:
     def receipt(self) -> Receipt:
         """Every input tensor, sorted into mapped, carried and dropped."""
         read = self.adapter.receipt
-        lost = {
-            key: reason for place, reason in self.lost.items() for key in self.adapter.keys.get(place, ())
-        }
+        lost = self._lost_keys()
         lost |= dict.fromkeys(self.dropped_passengers, "passengers")
         return Receipt(
             total=read.total,
@@ -389,6 +393,36 @@ class _Planning:
             carried=read.carried - len(self.dropped_passengers),
             dropped={**read.dropped, **lost},
         )
+
+    def _lost_keys(self) -> dict[str, str]:
+        """The tensors of lost changes, and the magnitudes of those that are written without."""
+        reasons = {
+            (source.place, change): reason
+            for source, reason in self.lost.items()
+            for change in source.originals
+        }
+        bare = _bare_axes(self.layout, self.options)
+        lost: dict[str, str] = {}
+        for place, changes in self.adapter.changes.items():
+            for change, keys in zip(changes, self.adapter.keys.get(place, ()), strict=False):
+                if (reason := reasons.get((place, change))) is not None:
+                    lost |= dict.fromkeys(keys.values(), reason)
+                elif _without(bare, change) is not change and "magnitude" in keys:
+                    lost[keys["magnitude"]] = "magnitude"
+        return lost
+
+
+def _sources(place: Place, changes: Sequence[Change], preparation: Preparation) -> list[Source]:
+    """The changes of one place; those that become one kind, as one source."""
+    by_kind: dict[str, list[Change]] = {}
+    for change in changes:
+        by_kind.setdefault(preparation.kind(change), []).append(change)
+    return [Source(place, first, preparation, tuple(others)) for first, *others in by_kind.values()]
+
+
+def _without(bare: Collection[str], change: Change) -> Change:
+    """The change without a magnitude along one of these axes."""
+    return change.inner if isinstance(change, Magnitude) and change.axis in bare else change
 
 
 def _bare_axes(layout: Layout, options: Options) -> frozenset[str]:

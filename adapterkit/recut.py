@@ -52,6 +52,11 @@ class Preparation:
             return inner if change.axis in self.bare else f"dora {inner}"
         return "lora" if self.expand and expands(change) else change.kind
 
+    def computes(self, change: Change) -> bool:
+        """Whether the prepared change holds new numbers, not the tensors that were read."""
+        inner = change.inner if isinstance(change, deltas.Magnitude) else change
+        return self.fold or (self.expand and expands(inner))
+
     def exact(self, change: Change) -> bool:
         """Whether folding, if it is asked for, rounds nothing."""
         return not self.fold or deltas.fold_closely(replace(self, fold=False).of(change))[1]
@@ -69,16 +74,31 @@ class Source:
     """One change with the place it comes from.
 
     original: as it was read; `change` is the prepared one, made anew each time, so that no more
-    than one is held.
+    than one is held.  others: more changes of the place that become the same kind and add up with it.
     """
 
     place: Place
     original: Change
     preparation: Preparation = Preparation()
+    others: tuple[Change, ...] = ()
+
+    @property
+    def originals(self) -> tuple[Change, ...]:
+        return (self.original, *self.others)
 
     @property
     def change(self) -> Change:
-        return self.preparation.of(self.original)
+        return deltas.add([self.preparation.of(original) for original in self.originals])
+
+    @property
+    def computes(self) -> bool:
+        """Whether `change` holds new numbers, not the tensors that were read."""
+        return bool(self.others) or self.preparation.computes(self.original)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the preparation rounds nothing."""
+        return all(map(self.preparation.exact, self.originals))
 
     @property
     def kind(self) -> str:
@@ -119,6 +139,11 @@ class Cut:
         return next(part.source.kind for part in self.parts if part.source is not None)
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """What its parts are taken from, each once."""
+        return tuple(dict.fromkeys(part.source for part in self.parts if part.source is not None))
+
+    @property
     def renames(self) -> bool:
         return len(self.parts) == 1 and not self.transposed and self._is_whole(self.parts[0])
 
@@ -132,8 +157,9 @@ class Cut:
         A piece of a fused change that is exactly zero, beside pieces that are not, was never
         trained: leaving it out loses nothing.
         """
-        # A stack is new memory and is made again when it is written; anything less is views.
-        return self._view if len(self.parts) == 1 else self._made()
+        # What is new memory is made again when it is written; anything less is views.
+        computes = len(self.parts) > 1 or any(source.computes for source in self.sources)
+        return self._made() if computes else self._view
 
     @cached_property
     def _view(self) -> Change | None:
@@ -302,12 +328,17 @@ def _unit(span: Span, pieces: Mapping[str, list[Stretch]]) -> Fraction:
 
 
 def _fill(piece: Piece, covering: Sequence[Stretch]) -> list[Part]:
-    """The parts of sources that make up one piece, with the gaps between them."""
+    """The parts of sources that make up one piece, with the gaps between them.
+
+    Raises Unrepresentable where two of them change the same rows.
+    """
     parts: list[Part] = []
     at = piece.start
     for stretch in covering:
         per_share = Fraction(stretch.height) / (stretch.piece.stop - stretch.piece.start)
         start, stop = max(piece.start, stretch.piece.start), min(piece.stop, stretch.piece.stop)
+        if start < at:
+            raise _overlapping(piece)
         if start > at:
             parts.append(Part(None, 0, _whole((start - at) * per_share, piece)))
         offset = stretch.first + _whole((start - stretch.piece.start) * per_share, piece)
@@ -316,6 +347,14 @@ def _fill(piece: Piece, covering: Sequence[Stretch]) -> list[Part]:
     if at < piece.stop:
         parts.append(Part(None, 0, _whole((piece.stop - at) * per_share, piece)))
     return parts
+
+
+def _overlapping(piece: Piece) -> Unrepresentable:
+    return Unrepresentable(
+        f"`{piece.module}` is changed by two modules that would become one kind of change",
+        code="two-kinds",
+        hint="without --as lora they stay apart; or bake the adapter into its base",
+    )
 
 
 def _whole(rows: Fraction, piece: Piece) -> int:

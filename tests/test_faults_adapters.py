@@ -33,7 +33,7 @@ from front_door import (
 )
 from hostile import safetensors_bytes
 
-from adapterkit import inspect
+from adapterkit import inspect, load
 from adapterkit.errors import Json
 from adapterkit.specs.tuner_config import METADATA_KEY
 
@@ -55,6 +55,12 @@ def fused_and_apart() -> Tensors:
         f"{name}.lora_A.weight": numbers(RANK, 3072),
         f"{name}.lora_B.weight": numbers(3072, RANK),
     }
+
+
+def fused_loha() -> Tensors:
+    """Over the weight of `fused`, by role."""
+    shapes = {"w1_a": (9216, 2), "w1_b": (2, 3072), "w2_a": (9216, 2), "w2_b": (2, 3072)}
+    return {role: numbers(*shape, seed=n) for n, (role, shape) in enumerate(shapes.items())}
 
 
 PARTS = [
@@ -379,7 +385,7 @@ CONSENTS = {
     "unclaimed": (kohya() | names("odd.thing"), "diffusers", 1),
     "passengers": (kohya() | names("bundle_emb.x"), "diffusers", 1),
     "untranslatable": (kohya(modules="k") | loha(), "diffusers", 4),
-    "magnitude": (dora(), "diffusers-2023", 0),
+    "magnitude": (dora(), "diffusers-2023", 1),
     "nonfinite": (with_numbers(f"{Q}.lora_up.weight", float("inf")), "diffusers", 0),
 }
 
@@ -393,6 +399,32 @@ def test_what_is_allowed_is_lost_and_nothing_else(consent: str, tmp_path: Path) 
     found = check_converts(source, to, tmp_path / "new", "--allow", consent)
     dropped = cast(dict[str, dict[str, str]], found["tensors"])["dropped"]
     assert len(dropped) == lost
+
+
+def test_of_two_kinds_for_one_weight_only_the_unsayable_one_is_lost(tmp_path: Path) -> None:
+    source = write(tmp_path / "style.safetensors", kohya() | {f"{Q}.diff": numbers(640, 640)})
+    found = check_converts(source, "diffusers", tmp_path / "new.safetensors", "--allow", "untranslatable")
+    dropped = cast(dict[str, dict[str, str]], found["tensors"])["dropped"]
+    assert dropped == {f"{Q}.diff": "no-such-kind"}
+    kept = write(tmp_path / "kept.safetensors", kohya())
+    assert run("diff", kept, tmp_path / "new.safetensors").exit_code == 0
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_two_kinds_that_become_one_add_up(to: str, tmp_path: Path) -> None:
+    """On a fused weight, which one format keeps and the other cuts."""
+    tensors = fused() | {f"{QKV}.hada_{role}": tensor for role, tensor in fused_loha().items()}
+    source = write(tmp_path / "style.safetensors", tensors)
+    check_converts(source, to, tmp_path / "new.safetensors", "--as", "lora")
+    (low_rank, *_), (hadamard, *_) = (
+        changes
+        for part in (fused(), {k: t for k, t in tensors.items() if "hada" in k or "alpha" in k})
+        for changes in load(part).changes.values()
+    )
+    expected = low_rank.dense() + hadamard.dense()
+    made = load(tmp_path / "new.safetensors").changes
+    found = {place.span[0].module[-1]: change.dense() for place, (change,) in made.items()}
+    assert torch.allclose(torch.cat([found[side] for side in "qkv" if side in found]), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("source", "scale"), [("alpha", 0.5), ("config", 2.0)])

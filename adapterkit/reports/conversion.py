@@ -141,7 +141,7 @@ def _loss_facts(plan: Plan) -> Iterator[Fact]:
     for reason, count in Counter(plan.receipt.dropped.values()).items():
         yield "lost", Text(f"{counted(count, 'tensor')}: {reason}", style="yellow")
     if plan.lost:
-        names = [plan.adapter.natives[place] for place in plan.lost]
+        names = list(dict.fromkeys(plan.adapter.natives[source.place] for source in plan.lost))
         text = ", ".join(shown(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
         yield "", Text(text, style="yellow")
 
@@ -244,7 +244,7 @@ def plan_json(source: str, plan: Plan) -> dict[str, Json]:
         "scale_home": "factors" if _folds(plan) else plan.target.scale,
         "rounded": list(plan.rounded),
         "idle": list(plan.idle),
-        "lost": {plan.adapter.natives[place]: reason for place, reason in plan.lost.items()},
+        "lost": {plan.adapter.natives[source.place]: reason for source, reason in plan.lost.items()},
         "moves": [asdict(move) for move in moves(plan)],
         "warnings": list(_odd_input(plan)),
         "bytes": {"in": plan.adapter.store.size if plan.adapter.store else None, "out": _output_size(plan)},
