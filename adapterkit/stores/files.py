@@ -6,7 +6,6 @@ from pathlib import Path
 
 from adapterkit.stores.base import Limits, Store
 from adapterkit.stores.mapped import MappedFile
-from adapterkit.stores.pickle_file import PickleStore
 from adapterkit.stores.safetensors_file import SafetensorsStore
 from adapterkit.stores.sniffing import (
     SNIFFED,
@@ -36,6 +35,9 @@ def _store_of(file: MappedFile, limits: Limits) -> Store:
     if looks_like_safetensors(head):
         return SafetensorsStore(file, limits)
     if looks_like_zip(head) or looks_like_pickle(head):
+        # Imported where it is needed: most files are no pickles, and it takes a while.
+        from adapterkit.stores.pickle_file import PickleStore
+
         return PickleStore(file, limits)
     raise not_a_tensor_file(file.path, head, file.size)
 
