@@ -226,6 +226,16 @@ SAMPLES: dict[str, Sample] = {
         "diffusers",
         {FLUX_Q, CLIP_FC1},
     ),
+    "ai-toolkit, LoKr in dotted names": Sample(
+        {
+            f"transformer.{D}.lokr_w1": ZERO.expand(8, 8),
+            f"transformer.{D}.lokr_w2": ZERO.expand(384, 384),
+            f"transformer.{D}.alpha": torch.tensor(4.0),
+        },
+        "flux1",
+        "diffusers",
+        {FLUX_Q},
+    ),
     "PEFT": Sample(peft(f"base_model.model.{D}", 3072, 3072), "flux1", "peft", {FLUX_Q}),
     "PEFT in original names": Sample(
         peft("base_model.model.double_blocks.0.img_attn.qkv", 9216, 3072), "flux1", "peft", {FLUX_QKV}

@@ -79,6 +79,7 @@ STRANGERS = [
             ("an IP-Adapter", "image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
             ("a textual inversion", "emb_params"),
             ("a textual inversion", "clip_g", "clip_l"),
+            ("a textual inversion", "text_encoders_0", "text_encoders_1"),
             ("a VAE", "encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"),
             ("a VAE", "first_stage_model.encoder.conv_in.weight"),
         ]
