@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])|(?<=_)\d+(?=_|\.|$)")
+# A longer run of digits counts nothing, and Python refuses to read one of thousands.
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d{1,18}(?![A-Za-z0-9])|(?<=_)\d{1,18}(?=_|\.|$)")
 
 
 @dataclass(frozen=True, slots=True)

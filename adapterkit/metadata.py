@@ -12,6 +12,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.errors import Json
 from adapterkit.peft_config import component_config
 from adapterkit.plan import Plan
+from adapterkit.scale import network_arguments
 from adapterkit.specs.tuner_config import METADATA_KEY
 from adapterkit.stores import DATA_SHA256
 
@@ -63,11 +64,8 @@ def _rounded(alpha: float) -> float:
 
 def _renew_arguments(metadata: dict[str, str]) -> None:
     """LyCORIS's GLoRA alone stores alpha as it was given to rsLoRA; what we write is alpha over rank."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except json.JSONDecodeError:
-        return
-    if isinstance(arguments, dict) and arguments.get("rs_lora"):
+    arguments = network_arguments(metadata)
+    if arguments.get("rs_lora"):
         metadata["ss_network_args"] = json.dumps({**arguments, "rs_lora": False})
 
 

@@ -102,8 +102,12 @@ class TunerConfig:
     def _patterns(self) -> dict[str, tuple[tuple[re.Pattern[str], float], ...]]:
         compiled = {}
         for name in ("alpha_pattern", "rank_pattern"):
-            table = cast(dict[str, float], self.values.get(name) or {})
-            compiled[name] = tuple((re.compile(rf"(.*\.)?({key})$"), value) for key, value in table.items())
+            table = cast("dict[str, float | list[bool]]", self.values.get(name) or {})
+            compiled[name] = tuple(
+                # AdaLoRA's patterns say which of the ranks are left.
+                (re.compile(rf"(.*\.)?({key})$"), sum(value) if isinstance(value, list) else value)
+                for key, value in table.items()
+            )
         return compiled
 
     def _of_pattern(self, name: str, module: str, default: Json) -> float | None:
