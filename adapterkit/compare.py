@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -130,7 +129,7 @@ def _cut_up(adapter: Adapter, other: Adapter) -> dict[tuple[str, str, str], list
 
 
 def _sum(changes: Sequence[Change]) -> Change:
-    return changes[0] if len(changes) == 1 else reduce(lambda x, y: deltas.add([x, y]), changes)
+    return deltas.add(changes)
 
 
 def _pairs(left: Sequence[Stretch], right: Sequence[Stretch]) -> Iterator[_Pair]:
@@ -143,15 +142,16 @@ def _pairs(left: Sequence[Stretch], right: Sequence[Stretch]) -> Iterator[_Pair]
 
 
 def _part(side: Sequence[Stretch], start: Fraction, stop: Fraction) -> Change | None:
-    """The change that one side makes to the rows from `start` to `stop` of a module, as shares."""
+    """All that one side changes in the rows from `start` to `stop` of a module, as shares."""
+    found = []
     for stretch in side:
         piece = stretch.piece
         if piece.start <= start and stop <= piece.stop:
             per_share = Fraction(stretch.height) / (piece.stop - piece.start)
             first = stretch.first + int((start - piece.start) * per_share)
             change = _take(stretch.source.change, first, first + int((stop - start) * per_share))
-            return deltas.transpose(change) if piece.transposed else change
-    return None
+            found.append(deltas.transpose(change) if piece.transposed else change)
+    return _sum(found) if found else None
 
 
 def _take(change: Change, start: int, stop: int) -> Change:
