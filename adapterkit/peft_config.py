@@ -55,6 +55,9 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
     base: dict[str, Json] = {}
     if peft_type in _SAY_MORE and not (old and old.peft_type == peft_type and _same_scales(modules, old)):
         raise _not_without_its_own(peft_type)
+    with_tokens = peft_type == "LORA" and any(module.kind == "tokens" for module in modules)
+    if with_tokens and not (old and old.values.get("trainable_token_indices")):
+        raise _not_without_its_own("TRAINABLE_TOKENS")
     if old is not None:
         if old.needs_itself is not None:
             raise _not_rewritten(old.needs_itself)

@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterkit.adapter import Adapter, Receipt, weight_shape
 from adapterkit.deltas import Change, Magnitude
 from adapterkit.errors import Json, Refused, Unrepresentable, Untranslatable
-from adapterkit.recut import Cut, Preparation, Source, recut
+from adapterkit.recut import Cut, Preparation, Source, along, recut
 from adapterkit.specs.families import Place, Target
 from adapterkit.specs.layouts import Layout, layouts
 from adapterkit.specs.tuner_config import ModuleScale
@@ -82,7 +82,7 @@ class Plan:
     @cached_property
     def expected(self) -> Adapter:
         """The input's own changes, as they were read, that the output must make: all but the lost."""
-        bare = _bare_axes(self.layout, self.options)
+        bare = _bare(self.layout, self.options)
         lost = {(source.place, change) for source in self.lost for change in source.originals}
         kept = {
             place: tuple(_without(bare, change) for change in changes if (place, change) not in lost)
@@ -232,7 +232,7 @@ class _Planning:
     def add_component(self, component: str) -> None:
         preparation = Preparation(
             self.options.as_lora,
-            _bare_axes(self.layout, self.options),
+            _bare(self.layout, self.options),
             self.options.fold,
         )
         sources = [
@@ -401,7 +401,7 @@ class _Planning:
             for source, reason in self.lost.items()
             for change in source.originals
         }
-        bare = _bare_axes(self.layout, self.options)
+        bare = _bare(self.layout, self.options)
         lost: dict[str, str] = {}
         for place, changes in self.adapter.changes.items():
             for change, keys in zip(changes, self.adapter.keys.get(place, ()), strict=False):
@@ -421,15 +421,15 @@ def _sources(place: Place, changes: Sequence[Change], preparation: Preparation) 
 
 
 def _without(bare: Collection[str], change: Change) -> Change:
-    """The change without a magnitude along one of these axes."""
-    return change.inner if isinstance(change, Magnitude) and change.axis in bare else change
+    """The change without magnitudes that run along one of these."""
+    return change.inner if isinstance(change, Magnitude) and along(change) in bare else change
 
 
-def _bare_axes(layout: Layout, options: Options) -> frozenset[str]:
-    """The axes of the magnitudes that the layout cannot write and whose loss is allowed."""
+def _bare(layout: Layout, options: Options) -> frozenset[str]:
+    """What those magnitudes run along that the layout cannot write and whose loss is allowed."""
     if "magnitude" not in options.allow:
         return frozenset()
     spelling = layout.spelling("", "magnitude", "weight", "")
     if spelling is None:
-        return frozenset({"out", "in"})
+        return frozenset({"out", "in", "embedding"})
     return frozenset() if spelling.axis == "by shape" else frozenset({"in"})

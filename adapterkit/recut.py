@@ -25,9 +25,8 @@ from adapterkit.specs.names import Piece, Row, Span
 class Preparation:
     """What is done to every change before it is cut, when it is asked for and not sooner.
 
-    expand: kinds that have an exact low-rank form become it.  bare: DoRA along these axes loses its
-    magnitudes.
-    fold: the scale goes into the factors.
+    expand: kinds that have an exact low-rank form become it.  bare: which DoRA loses its magnitudes,
+    by what they run along (see `along`).  fold: the scale goes into the factors.
     """
 
     expand: bool = False
@@ -38,7 +37,7 @@ class Preparation:
         """The prepared change; the change itself if there is nothing to do."""
         if isinstance(change, deltas.Magnitude):
             inner = self.of(change.inner)
-            if change.axis in self.bare:
+            if along(change) in self.bare:
                 return inner
             return change if inner is change.inner else replace(change, inner=inner)
         if self.expand and expands(change):
@@ -49,7 +48,7 @@ class Preparation:
         """The kind it will be, with `dora` before it if it has magnitudes."""
         if isinstance(change, deltas.Magnitude):
             inner = self.kind(change.inner)
-            return inner if change.axis in self.bare else f"dora {inner}"
+            return inner if along(change) in self.bare else f"dora {inner}"
         return "lora" if self.expand and expands(change) else change.kind
 
     def computes(self, change: Change) -> bool:
@@ -60,6 +59,11 @@ class Preparation:
     def exact(self, change: Change) -> bool:
         """Whether folding, if it is asked for, rounds nothing."""
         return not self.fold or deltas.fold_closely(replace(self, fold=False).of(change))[1]
+
+
+def along(magnitude: deltas.Magnitude) -> str:
+    """What magnitudes run along: "out", "in", or "embedding", whose own are along the input everywhere."""
+    return "embedding" if magnitude.inner.kind == "embedding" else magnitude.axis
 
 
 def expands(change: Change) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 from front_door import (
+    CONFIG,
     DOTTED,
     QKV,
     RANK,
@@ -26,6 +28,7 @@ from front_door import (
     loha,
     names,
     numbers,
+    peft_folder,
     raw,
     run,
     saved,
@@ -34,7 +37,8 @@ from front_door import (
 from hostile import safetensors_bytes
 
 from adapterkit import inspect, load
-from adapterkit.errors import Json
+from adapterkit.errors import Json, VerificationFailed
+from adapterkit.operations.convert import ConvertOptions, plan_conversion, write_plan
 from adapterkit.specs.tuner_config import METADATA_KEY
 
 
@@ -425,6 +429,37 @@ def test_two_kinds_that_become_one_add_up(to: str, tmp_path: Path) -> None:
     made = load(tmp_path / "new.safetensors").changes
     found = {place.span[0].module[-1]: change.dense() for place, (change,) in made.items()}
     assert torch.allclose(torch.cat([found[side] for side in "qkv" if side in found]), expected, atol=1e-4)
+
+
+def test_consent_to_rounding_does_not_cover_a_module_that_is_missing(tmp_path: Path) -> None:
+    options = ConvertOptions(dtype="bf16", allow={"precision"}, verify="full")
+    plan = plan_conversion(kohya(), "diffusers", options)
+    torn = replace(plan, modules=plan.modules[1:])
+    with pytest.raises(VerificationFailed):
+        write_plan(torn, tmp_path / "new.safetensors", options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_seen_below_a_fused_change_of_the_same_rows(tmp_path: Path) -> None:
+    source = write(tmp_path / "plain.safetensors", fused())
+    check_converts(source, "diffusers", tmp_path / "cut.safetensors")
+    extra = {"lora_transformer_transformer_blocks_0_attn_to_q.diff": numbers(3072, 3072)}
+    more = write(tmp_path / "more.safetensors", fused() | extra)
+    assert run("diff", source, tmp_path / "cut.safetensors").exit_code == 0
+    assert run("diff", more, tmp_path / "cut.safetensors").exit_code == 1
+
+
+def test_magnitudes_that_can_be_written_stay_though_their_loss_is_allowed(tmp_path: Path) -> None:
+    name = "base_model.model.model.embed_tokens"
+    tensors = {
+        f"{name}.lora_embedding_A": numbers(RANK, 100),
+        f"{name}.lora_embedding_B": numbers(64, RANK, seed=1),
+        f"{name}.lora_magnitude_vector": numbers(64, seed=2),
+    }
+    config = {**CONFIG, "use_dora": True, "target_modules": ["embed_tokens"]}
+    source = peft_folder(tmp_path / "in", config, tensors)
+    found = check_converts(source, "peft", tmp_path / "out", "--allow", "magnitude")
+    assert cast(dict[str, Json], found["tensors"])["dropped"] == {}
 
 
 @pytest.mark.parametrize(("source", "scale"), [("alpha", 0.5), ("config", 2.0)])

@@ -130,6 +130,18 @@ def test_magnitudes_of_some_modules_only_are_refused_where_one_switch_is_for_all
     converted(tensors, {}, tmp_path, "comfyui")
 
 
+def test_token_rows_are_refused_where_nothing_says_which_they_are(tmp_path: Path) -> None:
+    model = "base_model.model.model"
+    tensors = {
+        f"{model}.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(4, 64),
+        f"{model}.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(64, 4),
+        f"{model}.embed_tokens.token_adapter.trainable_tokens_delta": torch.randn(3, 64),
+    }
+    with pytest.raises(Unrepresentable) as refused:
+        convert(tensors, "peft", tmp_path / "folder")
+    assert refused.value.code == "config-needed"
+
+
 def test_the_change_of_a_bias_alone_is_refused_where_it_lies_in_a_lora(tmp_path: Path) -> None:
     tensors = lora(ATTENTION, 4, 2.0) | {f"{CONVOLUTION}.diff_b": torch.randn(320)}
     with pytest.raises(Unrepresentable) as refused:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +24,7 @@ from torch import Tensor
 from adapterkit import deltas
 from adapterkit.deltas import Change
 from adapterkit.errors import Mismatch, Untranslatable
-from adapterkit.recut import Source, recut
+from adapterkit.recut import Preparation, Source, recut
 from adapterkit.specs.families import Place
 from adapterkit.specs.names import Naming, Piece, Row, Span
 
@@ -438,6 +439,19 @@ def test_the_same_rows_are_renamed_and_nothing_is_touched(seed: int) -> None:
     found = recut(sources, naming_of("b", rows))
     assert [cut.renames for cut in found.cuts] == [True] * len(rows)
     assert all(cut.make() is source.change for cut, source in zip(found.cuts, sources, strict=True))
+
+
+def test_what_is_expanded_while_planning_is_not_kept() -> None:
+    factors = (torch.ones(6, 2), torch.ones(2, 5))
+    source = Source(
+        Place("c", (Piece("m"),), "weight"), deltas.Hadamard(*factors, *factors), Preparation(expand=True)
+    )
+    (cut,) = recut([source], Naming("b", (Row("b", (Piece("m"),), None),), False)).cuts
+    made = cut.make()
+    assert isinstance(made, deltas.LowRank)
+    held = weakref.ref(made)
+    del made
+    assert held() is None
 
 
 def test_a_transposed_row_takes_the_transposed_change() -> None:
