@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from adapterkit import deltas
 from adapterkit.deltas import Change
 from adapterkit.detect import Entry, Explanation, Role, explain
 from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused, StoreError
-from adapterkit.scale import Configs, Scale, ScaleFrom, configs, scale_of
+from adapterkit.scale import Configs, Scale, ScaleFrom, configs, expert_count, scale_of, with_experts
 from adapterkit.specs.families import Family, Place
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import layouts
@@ -165,7 +165,7 @@ class _Building:
     keys: dict[Place, tuple[Mapping[str, str], ...]] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
-        entry = self._with_experts(entry)
+        entry = with_experts(entry, self.store, self.configs)
         scale = self._scale(entry)
         try:
             change = self._change(entry, scale)
@@ -181,20 +181,6 @@ class _Building:
         self.natives.setdefault(entry.place, entry.native)
         keys = {name: role.key for name, role in (*entry.roles.items(), *entry.modifiers.items())}
         self.keys[entry.place] = (*self.keys.get(entry.place, ()), keys)
-
-    def _with_experts(self, entry: Entry) -> Entry:
-        """The entry, of its true kind where only the configuration tells that its weight is many."""
-        config = self.configs.of(entry.place.component)
-        if entry.kind == "lora" and config is not None and self._experts(entry, config) > 1:
-            return replace(entry, kind="experts")
-        return entry
-
-    def _experts(self, entry: Entry, config: TunerConfig) -> int:
-        """How many experts the factors are for; 1 where the parameter is no stack of weights."""
-        rank = config.rank(entry.path)
-        if not rank or not config.targets_parameter_of(entry.path):
-            return 1
-        return self.store.tensors[entry.roles["down"].key].shape[0] // rank
 
     def _scale(self, entry: Entry) -> Scale:
         """The entry's scale; a bias that lies inside a scaled layer has that layer's."""
@@ -249,7 +235,7 @@ class _Building:
                     "terms": config.number("num_cayley_neumann_terms", 5),
                 }
             case "experts":
-                return {"count": self._experts(entry, config)}
+                return {"count": expert_count(entry, self.store, self.configs)}
             case "adalora":
                 return {"initial_rank": config.number("init_r", 0) or None}
             case "tokens":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from adapterkit.detect import Entry, Explanation
@@ -80,6 +80,22 @@ def _metadata_document(text: str) -> dict[str, Json]:
     if not isinstance(document, dict):
         raise StoreError(f"{where}: not a JSON object", code="bad-config", hint=hint)
     return document
+
+
+def with_experts(entry: Entry, store: Store, found: Configs) -> Entry:
+    """The entry, of its true kind where only the configuration tells that its weight is many."""
+    return replace(entry, kind="experts") if expert_count(entry, store, found) > 1 else entry
+
+
+def expert_count(entry: Entry, store: Store, found: Configs) -> int:
+    """How many experts the factors of a LoRA are for; 1 where its weight is no stack of weights."""
+    config = found.of(entry.place.component)
+    rank = config.rank(entry.path) if config is not None else None
+    if entry.kind not in ("lora", "experts") or config is None or not rank:
+        return 1
+    if not config.targets_parameter_of(entry.path):
+        return 1
+    return store.tensors[entry.roles["down"].key].shape[0] // rank
 
 
 def rank_of(entry: Entry, store: Store) -> int | None:
@@ -192,9 +208,15 @@ def _rank_stabilised(entry: Entry, metadata: Mapping[str, str]) -> bool:
     # LyCORIS stores alpha times sqrt(rank) for every kind but GLoRA, where it stores alpha itself.
     if entry.kind != "glora":
         return False
-    try:
-        given = json.loads(metadata.get("ss_network_args", "{}")).get("rs_lora", False)
-    except (json.JSONDecodeError, AttributeError):
-        return False
+    given = network_arguments(metadata).get("rs_lora", False)
     # sd-scripts keeps arguments as the texts they were given as, and LyCORIS takes all but "false" for yes.
     return str(given).lower() != "false"
+
+
+def network_arguments(metadata: Mapping[str, str]) -> dict[str, Json]:
+    """kohya's `ss_network_args`; none if they are not there or cannot be read."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}

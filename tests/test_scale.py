@@ -12,6 +12,7 @@ import torch
 from adapters import File, converted
 from torch import Tensor, nn
 
+from adapterkit import inspect
 from adapterkit.adapter import read_adapter
 from adapterkit.detect import explain
 from adapterkit.errors import Conflict, Json, StoreError
@@ -73,6 +74,12 @@ CASES: dict[str, Case] = {
     ),
     "alpha of zero from a trainer that had another": Case(
         LORA, {"alpha": number(0)}, 0.0, "`.alpha`", 0, {"ss_network_alpha": "4"}
+    ),
+    "arguments nested too deep to be read": Case(
+        GLORA, {"alpha": number(2)}, 0.5, "`.alpha`", 2, {"ss_network_args": "[" * 100_000}
+    ),
+    "arguments with a number too long to be read": Case(
+        GLORA, {"alpha": number(2)}, 0.5, "`.alpha`", 2, {"ss_network_args": "9" * 5000}
     ),
     "the rank of a core's down": Case(
         {
@@ -239,6 +246,11 @@ CONFIGS: dict[str, tuple[Mapping[str, Json], int, float]] = {
     "whole components of a name only": ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"o_q": 4}}, 4, 2.0),
     "the end of a name only": ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn1": 4}}, 4, 2.0),
     "a choice of names": ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_k|to_q": 4}}, 4, 1.0),
+    "the ranks that are left": (
+        {"r": 16, "lora_alpha": 8, "rank_pattern": {"to_q": [True, True, False, True, True]}},
+        4,
+        2.0,
+    ),
     "no alpha": ({"r": 4}, 4, 1.0),
     "no patterns": ({"r": 4, "lora_alpha": 6, "alpha_pattern": None, "rank_pattern": None}, 4, 1.5),
 }
@@ -298,6 +310,19 @@ def test_each_component_has_a_configuration_of_its_own() -> None:
         "unet": 2.0,
         "text_encoder": 0.25,
     }
+
+
+def test_inspecting_shows_the_scale_that_loading_takes_for_experts() -> None:
+    name = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(8 * 4, 64),
+        f"{name}.lora_B.weight": torch.randn(32, 8 * 4),
+    }
+    config: dict[str, Json] = {"r": 4, "lora_alpha": 8, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    store = File(tensors, {}, {CONFIG_FILE: config}).store()
+    (loaded,) = read_adapter(store).scales.values()
+    (shown,) = inspect(store).scales
+    assert loaded.value == shown.value == 2.0
 
 
 def test_peft_applies_alpha_where_lycoris_does_not() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -15,7 +15,7 @@ from adapterkit.errors import AdapterkitError, Json, UsageError
 from adapterkit.key_patterns import key_patterns
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
-from adapterkit.scale import configs, rank_of, scale_of
+from adapterkit.scale import Configs, configs, rank_of, scale_of, with_experts
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import layouts
 from adapterkit.stores import Store
@@ -150,9 +150,9 @@ def inspect(source: Source, *, family: str | None = None, hashes: bool = False) 
     Raises Unrecognized or StoreError, and UsageError for the hash of something that is not one file.
     """
     opened = open_source(source, family=family)
-    store, explanation = opened.store, opened.explanation
+    store = opened.store
+    explanation, scales, scale_problems = _scaled(store, opened.explanation)
     found = explanation.family
-    scales, scale_problems = _scales(store, explanation)
     return Inspection(
         path=store.label if store.path is None else str(store.path),
         container=store.kind,
@@ -215,14 +215,24 @@ def _elements(store: Store, entry: Entry) -> int:
     return sum(prod(shape) for shape in shapes if shape)
 
 
-def _scales(store: Store, explanation: Explanation) -> tuple[tuple[ScaleCount, ...], list[Problem]]:
-    counted: Counter[tuple[float, str]] = Counter()
-    problems: list[Problem] = []
+def _scaled(
+    store: Store, explanation: Explanation
+) -> tuple[Explanation, tuple[ScaleCount, ...], list[Problem]]:
+    """The explanation with the kinds that only a configuration tells, and the scales."""
     try:
         known = configs(store, explanation)
     except AdapterkitError as error:
-        return (), [Problem(error.code, error.message, error.hint)]
-    for entry in explanation.entries:
+        return explanation, (), [Problem(error.code, error.message, error.hint)]
+    entries = tuple(with_experts(entry, store, known) for entry in explanation.entries)
+    return replace(explanation, entries=entries), *_scales(store, entries, known)
+
+
+def _scales(
+    store: Store, entries: Iterable[Entry], known: Configs
+) -> tuple[tuple[ScaleCount, ...], list[Problem]]:
+    counted: Counter[tuple[float, str]] = Counter()
+    problems: list[Problem] = []
+    for entry in entries:
         if not KINDS[entry.kind].scales:
             continue
         try:
