@@ -12,7 +12,16 @@ from adapterkit import deltas
 from adapterkit.deltas import Change
 from adapterkit.detect import Entry, Explanation, Role, explain
 from adapterkit.errors import AdapterkitError, Conflict, Json, Mismatch, Refused, StoreError
-from adapterkit.scale import Configs, Scale, ScaleFrom, configs, expert_count, scale_of, with_experts
+from adapterkit.scale import (
+    Configs,
+    Scale,
+    ScaleFrom,
+    configs,
+    expert_count,
+    one_number,
+    scale_of,
+    with_experts,
+)
 from adapterkit.specs.families import Family, Place
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import layouts
@@ -227,7 +236,7 @@ class _Building:
         config = self.configs.of(entry.place.component) or TunerConfig({})
         match entry.kind:
             case "oft" | "boft" if (role := entry.modifiers.get("alpha")) is not None:
-                return {"constraint": self.store.scalar(role.key)}
+                return {"constraint": one_number(self.store, role.key)}
             case "oft_input" | "oft_embedding":
                 return {
                     "block_share": config.flag("block_share"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 from adapterkit.specs.families import Family, Located
 from adapterkit.specs.kinds import KINDS
@@ -17,7 +18,7 @@ from adapterkit.specs.wrappers import strip_adapter_name
 from adapterkit.stores import Store, TensorInfo
 
 _SAMPLE = 24
-# A 3-D or widened layer here and there is the same model still; other sizes throughout are another.
+# A flattened or widened layer here and there is the same model still; other sizes throughout are another.
 _FITTING = 0.5
 # HunyuanVideo shares 57 % of its flattened names with FLUX.1, Chroma with its own layers 95 %.
 _FOREIGN = 0.25
@@ -29,8 +30,8 @@ class Candidate:
 
     share: explained tensors of all.  dimensions, shapes: the share of checked modules whose
     number of dimensions, and whose sizes, are the base model's (None: none was checked).
-    misfits: checked modules whose sizes are not.  foreign: the share of the file's modules, in the
-    layout that explains most of it, that the family does not have.
+    small: no size is more.  misfits: checked modules whose sizes are not the same.
+    foreign: the share of modules, in the layout that explains most, that the family does not have.
     evidence: metadata agrees.
     prefixed: the share of modules under a prefix that says what they are, not bare names.
     """
@@ -40,6 +41,7 @@ class Candidate:
     share: float
     dimensions: float
     shapes: float | None
+    small: bool
     misfits: tuple[str, ...]
     foreign: float
     evidence: bool
@@ -56,8 +58,11 @@ class Candidate:
 
     @property
     def plausible(self) -> bool:
-        """Whether this can be the file's model: most of its modules exist there, in these sizes."""
-        return self.fits and self.foreign <= _FOREIGN
+        """Whether this can be the file's model: most of its modules exist there, in these sizes.
+
+        A small copy of a model, as tests have them, has its names in smaller sizes.
+        """
+        return (self.fits or self.small) and self.foreign <= _FOREIGN
 
 
 @dataclass
@@ -148,9 +153,10 @@ def _module_shape(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int
             return (up[0], *down[1:]) if up and down else None
         case "lokr" if "w1" in shapes and "w2" in shapes:
             one, two = shapes["w1"], shapes["w2"]
-            return (one[0] * two[0], one[1] * two[1], *two[2:])
+            return (one[0] * two[0], one[1] * two[1], *two[2:]) if min(len(one), len(two)) > 1 else None
         case "glora" if "bm" not in shapes:
-            return (shapes["b1"][0], *shapes["b2"][1:])
+            up, down = shapes["b1"], shapes["b2"]
+            return (up[0], *down[1:]) if up and down else None
         case "diff":
             return shapes["value"]
         case _:
@@ -164,12 +170,21 @@ def _base_shape(family: Family, located: Located) -> tuple[int, ...] | None:
     return network.stacked_shape(located.row.span)
 
 
-def _fits(family: Family, located: Located, shape: tuple[int, ...]) -> tuple[bool, bool] | None:
-    """Whether the number of dimensions, and the sizes, are those of the base weight."""
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Whether the number of dimensions, and the sizes, are those of the base weight, or no size more."""
+
+    dimensions: bool
+    sizes: bool
+    small: bool
+
+
+def _fit(family: Family, located: Located, shape: tuple[int, ...]) -> _Fit | None:
     base = _base_shape(family, located)
     if base is None:
         return None
-    return len(shape) == len(base), shape == base
+    small = all(here <= there for here, there in zip(shape, base, strict=False))
+    return _Fit(len(shape) == len(base), shape == base, small)
 
 
 def shape_of(
@@ -191,7 +206,7 @@ def choose(family: Family, rows: tuple[Located, ...], shape: tuple[int, ...] | N
     """The row meant by a name that several components know: the one whose base weight fits."""
     if len(rows) > 1 and shape is not None:
         for located in rows:
-            if _fits(family, located, shape) == (True, True):
+            if (fit := _fit(family, located, shape)) is not None and fit.sizes:
                 return located
     return rows[0]
 
@@ -201,24 +216,40 @@ def claims_of(
 ) -> dict[Family, list[Claim]]:
     """What each family claims of the keys, layout by layout.
 
-    sample: leave out a layout for a family that knows none of a few keys spread over the file.
+    sample: ask first about a few keys spread over the file, and leave out a layout for a family that
+    knows none of them, and a family that knows less than half of what the best one knows.
     """
     found: dict[Family, list[Claim]] = {}
-    probe = keys[:: max(1, len(keys) // _SAMPLE)]
-    for layout in layouts().values():
-        hopeful = [family for family in considered if layout.name in family.spelling]
-        if sample:
-            few = split(probe, layout)
-            hopeful = [family for family in hopeful if _knows_any(family, few)]
-        if hopeful:
-            every = split(keys, layout)
-            for family in hopeful:
-                found.setdefault(family, []).append(_claim(family, every))
+    hopeful = [(layout, family) for layout in layouts().values() for family in _speakers(layout, considered)]
+    if sample:
+        hopeful = _hopeful(hopeful, keys[:: max(1, len(keys) // _SAMPLE)])
+    for layout, pairs in groupby(hopeful, key=lambda pair: pair[0]):
+        every = split(keys, layout)
+        for _, family in pairs:
+            found.setdefault(family, []).append(_claim(family, every))
     return found
 
 
-def _knows_any(family: Family, keys: Keys) -> bool:
-    return any(family.locate(keys.layout.name, keys.layout.dot, stem) for stem in keys.stems)
+def _speakers(layout: Layout, considered: Sequence[Family]) -> Iterable[Family]:
+    return (family for family in considered if layout.name in family.spelling)
+
+
+def _hopeful(
+    pairs: Sequence[tuple[Layout, Family]], probe: Sequence[tuple[str, str]]
+) -> list[tuple[Layout, Family]]:
+    """The pairs that know something of a sample, of the families that know the most of it."""
+    known: dict[tuple[Layout, Family], int] = {}
+    for layout, grouped in groupby(pairs, key=lambda pair: pair[0]):
+        few = split(probe, layout)
+        for _, family in grouped:
+            known[layout, family] = sum(
+                bool(family.locate(layout.name, layout.dot, stem)) for stem in few.stems
+            )
+    best: dict[Family, int] = {}
+    for (_, family), count in known.items():
+        best[family] = max(best.get(family, 0), count)
+    enough = max(best.values(), default=0) / 2
+    return [pair for pair, count in known.items() if count and best[pair[1]] >= enough]
 
 
 def candidate(
@@ -242,29 +273,30 @@ def candidate(
         return None
     carried = {key for claim in chosen for key in store.tensors if claim.keys.layout.passenger(key)}
     checked = [
-        (stem, fit)
+        (stem, found)
         for claim in chosen
         for stem, rows in claim.located.items()
         if (shape := shape_of(claim.keys.modules.get(stem, ()), store.tensors)) is not None
-        and (fit := _fits(family, choose(family, rows, shape), shape)) is not None
+        and (found := _fit(family, choose(family, rows, shape), shape)) is not None
     ]
     if family.open and not any(claim.adapts for claim in chosen):
         return None
     if not asked and (_is_checkpoint(chosen) or (family.open and _is_flat(chosen))):
         return None
     located = [rows for claim in chosen for rows in claim.located.values()]
-    found = Candidate(
+    claimed = Candidate(
         family=family,
         layouts=tuple(claim.keys.layout.name for claim in chosen),
         share=len(explained | carried) / len(store.tensors),
-        dimensions=sum(same for _, (same, _) in checked) / len(checked) if checked else 0.0,
-        shapes=sum(same for _, (_, same) in checked) / len(checked) if checked else None,
-        misfits=tuple(stem for stem, (_, same) in checked if not same),
+        dimensions=sum(fit.dimensions for _, fit in checked) / len(checked) if checked else 0.0,
+        shapes=sum(fit.sizes for _, fit in checked) / len(checked) if checked else None,
+        small=bool(checked) and all(fit.small for _, fit in checked),
+        misfits=tuple(stem for stem, fit in checked if not fit.sizes),
         foreign=_foreign(chosen[0], explained),
         evidence=_evidence(family, store.metadata),
         prefixed=sum(bool(rows[0].prefix.text) for rows in located) / len(located),
     )
-    return found, chosen
+    return claimed, chosen
 
 
 def _foreign(claim: Claim, explained: set[str]) -> float:

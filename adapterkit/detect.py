@@ -71,7 +71,7 @@ class Explanation:
     entries, incomplete, passengers and unclaimed together hold every tensor exactly once.
     equals: other families that explain the file as well as this one.  nearest: the best
     candidates, best first.  adapter_names: names found in slots (`default`).
-    stripped: how many keys had wrapper names taken away.
+    stripped: how many keys had wrapper names taken away.  misfits: modules whose sizes are not the base's.
     """
 
     family: Family
@@ -86,6 +86,7 @@ class Explanation:
     nearest: tuple[Candidate, ...] = ()
     adapter_names: tuple[str, ...] = ()
     stripped: int = 0
+    misfits: tuple[str, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -136,8 +137,11 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
     if not ranked or ranked[0][0].share < 1:
         # An odd file: a few keys of another layout may have slipped through the sample.
         ranked = _ranked(considered, plain, store, sample=False, asked=asked)
-    if not ranked or (ranked[0][0].share < _TOO_LITTLE and not asked):
-        raise unrecognized(store, plain, [c for c, _ in ranked[:3]])
+    nearest = tuple(c for c, _ in ranked if c.fits)[:3]
+    if not asked:
+        ranked = [c for c in ranked if c[0].plausible and c[0].share >= _TOO_LITTLE]
+    if not ranked:
+        raise unrecognized(store, plain, nearest)
     best, claims = ranked[0]
     others = [c for c, _ in ranked[1:] if c.rank == best.rank]
     result = _explanation(best.family, claims, store)
@@ -145,9 +149,10 @@ def explain(store: Store, *, family_name: str | None = None) -> Explanation:
         result,
         share=best.share,
         shapes=best.shapes,
+        misfits=best.misfits,
         # Sizes of one model know the same names; the smallest that explains all will do.
         equals=tuple(c for c in others if c.family.name != best.family.name),
-        nearest=tuple(c for c, _ in ranked[:3]),
+        nearest=nearest,
         stripped=sum(key != bare for key, bare in plain),
     )
 

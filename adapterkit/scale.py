@@ -95,7 +95,8 @@ def expert_count(entry: Entry, store: Store, found: Configs) -> int:
         return 1
     if not config.targets_parameter_of(entry.path):
         return 1
-    return store.tensors[entry.roles["down"].key].shape[0] // rank
+    shape = store.tensors[entry.roles["down"].key].shape
+    return shape[0] // rank if shape else 1
 
 
 def rank_of(entry: Entry, store: Store) -> int | None:
@@ -127,7 +128,7 @@ def scale_of(entry: Entry, store: Store, found: Configs, scale_from: ScaleFrom |
         candidates["config"] = Scale(value, config.alpha(entry.path), found.name)
     scale = _one_of(entry, store, candidates, scale_from)
     if (role := entry.modifiers.get("scalar")) is not None:
-        factor = _finite(store, role.key)
+        factor = one_number(store, role.key)
         return Scale(scale.value * factor, scale.alpha, f"{scale.source}, times `.scalar`")
     return scale
 
@@ -171,10 +172,10 @@ def _one_of(
 def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
     """The scale from a tensor beside the module: `.scale` itself, or `.alpha` by the rank."""
     if (role := entry.modifiers.get("scale")) is not None:
-        return Scale(_finite(store, role.key), None, "`.scale`")
+        return Scale(one_number(store, role.key), None, "`.scale`")
     if (role := entry.modifiers.get("alpha")) is None:
         return None
-    alpha = _finite(store, role.key)
+    alpha = one_number(store, role.key)
     if rank == 0:
         raise Mismatch(
             f"{store.label}: `{entry.native}`: its factors have rank 0, so its alpha means nothing",
@@ -189,7 +190,7 @@ def _beside(entry: Entry, store: Store, rank: int | None) -> Scale | None:
     return Scale(alpha / divisor, alpha, "`.alpha`")
 
 
-def _finite(store: Store, key: str) -> float:
+def one_number(store: Store, key: str) -> float:
     """The one number of a tensor; StoreError for several, or one that is not finite."""
     value = store.scalar(key)
     if (count := store.tensors[key].elements) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from shlex import quote
 
 from adapterkit.claims import Candidate, split
 from adapterkit.errors import Json, Unrecognized
@@ -46,7 +47,7 @@ def _cause(store: Store, keys: Sequence[tuple[str, str]], nearest: Sequence[Cand
     if nearest:
         return (
             f"nothing explains it; nearest: {_nearest(nearest)} of {shown}",
-            f"if it is for that model, say --family {nearest[0].family.key}; {_LOOK}",
+            f"if it is for that model, say --family {quote(nearest[0].family.key)}; {_LOOK}",
         )
     if (kind := _kind(keys)) is not None:
         return (

@@ -19,9 +19,12 @@ from adapterkit.adapter import read_adapter
 from adapterkit.detect import Explanation, explain
 from adapterkit.errors import Ambiguous, Conflict, Refused, Unrecognized
 from adapterkit.operations.convert import plan_conversion
+from adapterkit.operations.inspect import inspect
 from adapterkit.specs.families import family
 from adapterkit.specs.layouts import layouts
 from adapterkit.stores import open_store
+
+KEY = "ss_base_model_version"
 
 
 def meanings(explanation: Explanation) -> set[tuple[str, str]]:
@@ -82,6 +85,17 @@ def test_names_in_slots_and_wrappers_are_reported() -> None:
     assert SAMPLES["diffusers"].explain().adapter_names == ()
     assert SAMPLES["wrapped: module."].explain().stripped == 2
     assert SAMPLES["diffusers"].explain().stripped == 0
+
+
+def test_wrappers_and_metadata_that_names_another_base_are_problems() -> None:
+    """Chroma has FLUX.1's blocks, so only the metadata tells."""
+    wrapped = SAMPLES["wrapped: module."].tensors
+    assert [problem.code for problem in inspect(wrapped).problems] == ["wrapped"]
+    found = {
+        base: [p.code for p in inspect(File(SAMPLES["diffusers"].tensors, {KEY: base}).store()).problems]
+        for base in ("flux1", "chroma", "")
+    }
+    assert found == {"flux1": [], "chroma": ["other-base"], "": []}
 
 
 def test_embeddings_travel_along() -> None:
@@ -153,7 +167,9 @@ def test_an_alpha_alone_is_no_change() -> None:
 
 def test_what_a_table_does_not_know_is_unclaimed_and_refused() -> None:
     strange = kohya("lora_unet_no_such_block", 320, 320)
-    tensors = kohya("lora_unet_single_blocks_0_linear2", 3072, 15360) | strange
+    tensors = strange
+    for block in range(4):
+        tensors = tensors | kohya(f"lora_unet_single_blocks_{block}_linear2", 3072, 15360)
     found = explain(File(tensors).store())
     assert found.family.key == "flux1" and set(found.unclaimed) == set(strange)
     with pytest.raises(Refused) as caught:
@@ -161,6 +177,36 @@ def test_what_a_table_does_not_know_is_unclaimed_and_refused() -> None:
     assert caught.value.code == "unclaimed" and "--allow unclaimed" in caught.value.hint
     adapter = read_adapter(File(tensors).store(), allow=["unclaimed"])
     assert set(adapter.receipt.dropped) == set(strange) and adapter.receipt.balances
+
+
+def double_block(width: int, mlp: tuple[str, str]) -> dict[str, Tensor]:
+    """One stream of a block as kohya names FLUX.2's (mlp 6 widths up, 3 down) and HunyuanVideo's."""
+    stem = "lora_unet_double_blocks_0_img"
+    tensors = kohya(f"{stem}_attn_qkv", 3 * width, width) | kohya(f"{stem}_attn_proj", width, width)
+    up, down = (4 * width, 4 * width) if mlp[0].startswith("fc") else (6 * width, 3 * width)
+    tensors |= kohya(f"{stem}_mlp_{mlp[0]}", up, width) | kohya(f"{stem}_mlp_{mlp[1]}", width, down)
+    linear1 = 7 if mlp[0].startswith("fc") else 9
+    return tensors | kohya("lora_unet_single_blocks_0_linear1", linear1 * width, width)
+
+
+RELATIVES: dict[str, dict[str, Tensor]] = {
+    "FLUX.2 klein 9B: all of FLUX.1's names, none of its sizes": double_block(4096, ("0", "2")),
+    "FLUX.2 klein 4B: all of FLUX.1's names, some of its sizes": double_block(3072, ("0", "2")),
+    "HunyuanVideo: some of FLUX.1's names, in its sizes": double_block(3072, ("fc1", "fc2")),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_of_a_known_model_is_not_taken_for_it(name: str) -> None:
+    with pytest.raises(Unrecognized):
+        explain(File(RELATIVES[name]).store())
+    assert explain(File(RELATIVES[name]).store(), family_name="flux1").family.key == "flux1"
+
+
+def test_a_relative_in_dotted_names_is_a_model_without_a_table() -> None:
+    stem = "diffusion_model.double_blocks.0.img_attn"
+    tensors = peft(f"{stem}.qkv", 18432, 6144) | peft(f"{stem}.proj", 6144, 6144)
+    assert explain(File(tensors).store()).family.key == "diffusers"
 
 
 UNKNOWN = {

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from adapterkit.deltas.change import Change, cut_shape, mismatch
+from adapterkit.deltas.change import Change, cut_shape, mismatch, require_matrices
 from adapterkit.deltas.low_rank import LowRank
 from adapterkit.deltas.tensors import computing_dtype
 from adapterkit.errors import Unrepresentable
@@ -89,6 +89,7 @@ class Vera(Change):
 
     def __post_init__(self) -> None:
         a, b = self.shared_a, self.shared_b
+        require_matrices(shared_a=a, shared_b=b)
         if a is not None and a.shape[0] != self.d.numel():
             raise mismatch("shared_a", tuple(a.shape), "d", tuple(self.d.shape), "ranks differ")
         if b is not None and (b.shape[1] != self.d.numel() or b.shape[0] < self.b.numel()):

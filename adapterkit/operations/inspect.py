@@ -16,6 +16,7 @@ from adapterkit.key_patterns import key_patterns
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
 from adapterkit.scale import Configs, configs, rank_of, scale_of, with_experts
+from adapterkit.specs.families import Family
 from adapterkit.specs.kinds import KINDS
 from adapterkit.specs.layouts import layouts
 from adapterkit.stores import Store
@@ -263,18 +264,29 @@ def _problems(store: Store, explanation: Explanation) -> Iterable[Problem]:
         count = f"{broken} of {broken + len({entry.native for entry in explanation.entries})} modules"
         keys = ", ".join(f"`{key}`" for key in first.keys)
         yield Problem("incomplete", f"not whole: {count} (of `{first.native}` there is only {keys})")
+    if explanation.stripped:
+        wrapped = f"{explanation.stripped} of {len(store.tensors)} keys"
+        yield Problem("wrapped", f"a trainer's wrapper names stand in {wrapped}", "convert takes them away")
     if len(explanation.layouts) > 1:
         titles = " and ".join(layouts()[name].title for name in explanation.layouts)
         yield Problem("mixed", f"the file mixes {titles}", "convert it to one of them")
     if len(explanation.adapter_names) > 1:
         names = ", ".join(f"`{name}`" for name in explanation.adapter_names)
         yield Problem("several-adapters", f"the names of several adapters stand in its keys: {names}")
-    if explanation.shapes is not None and explanation.shapes < 1:
-        wrong = 1 - explanation.shapes
-        yield Problem(
-            "shapes", f"{wrong:.0%} of checked modules do not have the shapes of {explanation.family.label}"
-        )
+    if explanation.misfits:
+        shown = ", ".join(f"`{pattern.text}`" for pattern in key_patterns(explanation.misfits)[:3])
+        count = f"{len(explanation.misfits)} module{'s' * (len(explanation.misfits) > 1)}"
+        yield Problem("shapes", f"not in the shapes of {explanation.family.label}: {count} ({shown})")
+    yield from _base_problems(store.metadata, explanation.family)
     yield from _hash_problems(store.metadata)
+
+
+def _base_problems(metadata: Mapping[str, str], family: Family) -> Iterable[Problem]:
+    """Metadata that names a base model, and none of it this one: Chroma has FLUX.1's blocks, say."""
+    given = {key: metadata[key] for key in family.evidence if metadata.get(key)}
+    if given and not any(value.startswith(family.evidence[key]) for key, value in given.items()):
+        said = ", ".join(f"`{key}` is {value[:60]}" for key, value in given.items())
+        yield Problem("other-base", f"the metadata names another base model than {family.label}: {said}")
 
 
 def _hash_problems(metadata: Mapping[str, str]) -> Iterable[Problem]:

@@ -59,7 +59,7 @@ class Spelling:
     written: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """One spelling of changes, read and written from the same table.
 
