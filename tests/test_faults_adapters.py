@@ -35,9 +35,10 @@ from front_door import (
     write,
 )
 from hostile import safetensors_bytes
+from torch import Tensor
 
 from adapterkit import inspect, load
-from adapterkit.errors import Json, VerificationFailed
+from adapterkit.errors import Json, Mismatch, StoreError, VerificationFailed
 from adapterkit.operations.convert import ConvertOptions, plan_conversion, write_plan
 from adapterkit.specs.tuner_config import METADATA_KEY
 
@@ -460,6 +461,30 @@ def test_magnitudes_that_can_be_written_stay_though_their_loss_is_allowed(tmp_pa
     source = peft_folder(tmp_path / "in", config, tensors)
     found = check_converts(source, "peft", tmp_path / "out", "--allow", "magnitude")
     assert cast(dict[str, Json], found["tensors"])["dropped"] == {}
+
+
+FLAT = {
+    "LoKr of vectors": {f"{Q}.lokr_w1": numbers(4), f"{Q}.lokr_w2": numbers(3)},
+    "LoKr of numbers": {f"{Q}.lokr_w1": torch.tensor(1.0), f"{Q}.lokr_w2": torch.tensor(2.0)},
+    "GLoRA of numbers": {f"{Q}.{role}.weight": torch.tensor(1.0) for role in ("a1", "a2", "b1", "b2")},
+    "VeRA over a number": {
+        f"base_model.model.layers.0.mlp.down_proj.vera_lambda_{role}": numbers(4) for role in "bd"
+    }
+    | {"base_model.vera_A": torch.tensor(1.0), "base_model.vera_B": numbers(4, 4)},
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_factors_without_rows_and_columns_are_no_change(name: str) -> None:
+    with pytest.raises(Mismatch, match="not a matrix"):
+        load(FLAT[name])
+
+
+@pytest.mark.parametrize("limit", [torch.tensor(float("nan")), numbers(3)])
+def test_a_rotation_is_limited_by_one_number(limit: Tensor) -> None:
+    with pytest.raises(StoreError) as caught:
+        load({f"{Q}.oft_blocks": numbers(4, 160, 160), f"{Q}.alpha": limit})
+    assert caught.value.code == "bad-alpha"
 
 
 @pytest.mark.parametrize(("source", "scale"), [("alpha", 0.5), ("config", 2.0)])
