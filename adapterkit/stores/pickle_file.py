@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from adapterkit.errors import StoreError
-from adapterkit.stores.base import Limits, Store, TensorInfo
+from adapterkit.stores.base import Limits, TensorInfo
+from adapterkit.stores.file_store import FileStore
 from adapterkit.stores.guards import shown
 from adapterkit.stores.mapped import MappedFile
 from adapterkit.stores.pickle_world import TensorRef
@@ -14,13 +14,9 @@ from adapterkit.stores.sniffing import looks_like_zip
 from adapterkit.stores.torch_legacy import TorchLegacy
 from adapterkit.stores.torch_zip import TorchZip
 from adapterkit.stores.unpacking import unpack
-from adapterkit.stores.views import tensor_from
-
-if TYPE_CHECKING:
-    import torch
 
 
-class PickleStore(Store):
+class PickleStore(FileStore):
     """Takes over an open file that begins like a zip archive or a pickle.
 
     StoreError if it is damaged, UnsafeFile if it would need more than tensors and plain values.
@@ -29,35 +25,19 @@ class PickleStore(Store):
     kind = "pickle"
 
     def __init__(self, file: MappedFile, limits: Limits) -> None:
+        super().__init__(file)
         where = shown(file.path)
-        self._file = file
         is_zip = looks_like_zip(bytes(file.window(0, 4)))
         self._archive = TorchZip(file, limits) if is_zip else TorchLegacy(file, limits)
         unpacked = unpack(self._archive.value, where, file.path.name, limits)
         self._views = unpacked.tensors
         for name, view in self._views.items():
             _require_inside(name, view, where, limits)
-        self.path = file.path
         self.tensors = {name: TensorInfo(name, view.dtype, view.shape) for name, view in self._views.items()}
         self.metadata = unpacked.metadata
-        self.sidecars = {}
         self.warnings = tuple(unpacked.warnings)
-        self.size = file.size
-
-    def read(self, name: str) -> memoryview:
-        return self._window(name).toreadonly()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return tensor_from(self._window(name), self.info(name))
-
-    def require_unchanged(self) -> None:
-        self._file.require_unchanged()
-
-    def close(self) -> None:
-        self._file.close()
 
     def _window(self, name: str) -> memoryview:
-        """A tensor's elements in row-major order, copied only if they lie otherwise."""
         info = self.info(name)
         view = self._views[name]
         data = self._archive.storage_bytes(view.storage)

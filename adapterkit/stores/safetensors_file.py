@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from adapterkit.errors import StoreError
-from adapterkit.stores.base import Limits, Store
+from adapterkit.stores.base import Limits
+from adapterkit.stores.file_store import FileStore
 from adapterkit.stores.guards import shown
 from adapterkit.stores.header import parse_header
 from adapterkit.stores.mapped import MappedFile
-from adapterkit.stores.views import tensor_from
-
-if TYPE_CHECKING:
-    import torch
 
 
-class SafetensorsStore(Store):
+class SafetensorsStore(FileStore):
     """Takes over an open file whose first bytes look like safetensors; StoreError if the header is wrong."""
 
     kind = "safetensors"
 
     def __init__(self, file: MappedFile, limits: Limits) -> None:
+        super().__init__(file)
         where = shown(file.path)
         length = int.from_bytes(file.window(0, 8), "little")
         if length > limits.header_bytes:
@@ -36,28 +32,11 @@ class SafetensorsStore(Store):
                 hint="download the file again",
                 details={"promised": length + 8, "present": file.size},
             )
-        self._file = file
         self._start = 8 + length
         header = parse_header(bytes(file.window(8, self._start)), file.size - self._start, where, limits)
         self._spans = header.spans
-        self.path = file.path
         self.tensors = header.tensors
         self.metadata = header.metadata
-        self.sidecars = {}
-        self.warnings = ()
-        self.size = file.size
-
-    def read(self, name: str) -> memoryview:
-        return self._window(name).toreadonly()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return tensor_from(self._window(name), self.info(name))
-
-    def require_unchanged(self) -> None:
-        self._file.require_unchanged()
-
-    def close(self) -> None:
-        self._file.close()
 
     def _window(self, name: str) -> memoryview:
         self.info(name)
