@@ -60,6 +60,7 @@ class Adapter:
     passengers: tensors that travel along; `carried` are the keys of the file they came from.
     tuners: the configuration that came with the file, per component ("" for all).
     store: where the tensors lie; it must stay open while they are used.
+    computed: whether its changes are results (see `adapterkit.derived`) rather than what a file held.
     """
 
     family: Family
@@ -73,6 +74,7 @@ class Adapter:
     tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
     layouts: tuple[str, ...] = ()
     store: Store | None = None
+    computed: bool = False
 
     @property
     def components(self) -> tuple[str, ...]:

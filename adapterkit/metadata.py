@@ -46,7 +46,7 @@ def _renew_ranks(metadata: dict[str, str], plan: Plan) -> None:
         ("ss_network_dim", ranks, _ranks_read(plan.adapter)),
         ("ss_network_alpha", alphas, _alphas_read(plan.adapter)),
     ):
-        if key in metadata and values and values != before:
+        if key in metadata and values and (plan.adapter.computed or values != before):
             metadata[key] = f"{next(iter(values)):g}" if len(values) == 1 else "Dynamic"
 
 

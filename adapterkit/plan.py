@@ -16,8 +16,8 @@ from torch import Tensor
 from adapterkit.adapter import Adapter, Receipt, weight_shape
 from adapterkit.deltas import Change, Magnitude
 from adapterkit.errors import Json, Refused, Unrepresentable, Untranslatable
-from adapterkit.recut import Cut, Preparation, Source, along, recut
-from adapterkit.specs.families import Place, Target
+from adapterkit.recut import Cut, Preparation, Source, along, recut, sources_of
+from adapterkit.specs.families import Target
 from adapterkit.specs.layouts import Layout, layouts
 from adapterkit.specs.tuner_config import ModuleScale
 from adapterkit.spell import Site, spell
@@ -239,7 +239,7 @@ class _Planning:
             source
             for place, changes in self.adapter.changes.items()
             if place.component == component
-            for source in _sources(place, changes, preparation)
+            for source in sources_of(place, changes, preparation)
         ]
         prefix = self.target.prefixes.get(component)
         if prefix is None:
@@ -410,14 +410,6 @@ class _Planning:
                 elif _without(bare, change) is not change and "magnitude" in keys:
                     lost[keys["magnitude"]] = "magnitude"
         return lost
-
-
-def _sources(place: Place, changes: Sequence[Change], preparation: Preparation) -> list[Source]:
-    """The changes of one place; those that become one kind, as one source."""
-    by_kind: dict[str, list[Change]] = {}
-    for change in changes:
-        by_kind.setdefault(preparation.kind(change), []).append(change)
-    return [Source(place, first, preparation, tuple(others)) for first, *others in by_kind.values()]
 
 
 def _without(bare: Collection[str], change: Change) -> Change:

@@ -113,6 +113,16 @@ class Source:
         return self.original.rows
 
 
+def sources_of(
+    place: Place, changes: Sequence[Change], preparation: Preparation = Preparation()
+) -> list[Source]:
+    """The changes of one place; those that become one kind, as one source."""
+    by_kind: dict[str, list[Change]] = {}
+    for change in changes:
+        by_kind.setdefault(preparation.kind(change), []).append(change)
+    return [Source(place, first, preparation, tuple(others)) for first, *others in by_kind.values()]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Rows [start, stop) of a source, or `height` rows that nothing changes (source None)."""
