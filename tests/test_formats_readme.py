@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit import blocks
 from adapterkit.specs import families, layouts
 
 ROOT = Path(__file__).parent.parent / "formats"
@@ -14,7 +15,9 @@ PAGE = (ROOT / "README.md").read_text("utf-8")
 SPELLED = {field.name for field in dataclasses.fields(layouts.Spelling)} - {"kind", "role", "suffix", "param"}
 
 
-@pytest.mark.parametrize("setting", sorted(layouts._TOP_KEYS | families._TOP_KEYS | SPELLED | {"key"}))
+@pytest.mark.parametrize(
+    "setting", sorted({*layouts._TOP_KEYS, *families._TOP_KEYS, *blocks._TOP_KEYS, *SPELLED, "key"})
+)
 def test_a_setting_stands_on_the_page(setting: str) -> None:
     assert any(mark in PAGE for mark in (f"`{setting}", f"\n{setting} ", f"[{setting}", f"\n{setting}  ")), (
         setting
