@@ -1,21 +1,49 @@
-"""How many singular values to keep: the rules that merge, extract and resize share."""
+"""How many singular values to keep: the rules that merge, extract and resize share.
+
+Targets for all modules together (energy, error, size) are met where it costs least: the singular
+values of all modules stand in one row, ordered by what each saves of the squared error per byte, and
+are taken from the front. Within a module they descend, so that any beginning of the row is a choice
+of ranks; it is the best of its size, but for less than one more value.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import fsum
+from typing import Literal, TypeVar
+
+from adapterkit.errors import Json, UsageError
+
+K = TypeVar("K")
+
+LINEAR, CONV = "linear", "conv"
+LAYERS = (LINEAR, CONV)
+AUTO: Literal["auto"] = "auto"
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+}
 
 
 @dataclass(frozen=True)
 class RankRule:
     """What the user asks for. At most one of the first five is given; none keeps every value.
 
-    rank: the same for every module, or by kind of layer ("linear", "conv").
+    rank: the same for every module, or by kind of layer ("linear", "conv"); a kind that is not named
+    keeps every value.
     energy: the share of ‖delta‖² to keep, over all modules together.
     error: the relative Frobenius error permitted, over all modules together.
     size: bytes that the written file may have at most.
     auto: what stands out of the noise, module by module.
     least, most: bounds of every module's rank.
+
+    Raises UsageError for values that make no sense.
     """
 
     rank: int | Mapping[str, int] | None = None
@@ -25,6 +53,58 @@ class RankRule:
     auto: bool = False
     least: int = 1
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "energy", "error", "size") if getattr(self, name) is not None]
+        given += ["auto"] if self.auto else []
+        if len(given) > 1:
+            raise _bad(f"{' and '.join(given)} are two rules for one rank", "give one of them")
+        for rank in self.ranks:
+            _require_rank(rank, "a rank")
+        _require_rank(self.least, "the least rank")
+        if self.most is not None and self.most < self.least:
+            raise _bad(
+                f"no rank is at least {self.least} and at most {self.most}", "--min-rank bounds --max-rank"
+            )
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise _bad(f"an energy of {self.energy:g} is no share", "it lies between 0 and 1, such as 0.99")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise _bad(f"an error of {self.error:g} is no share", "it lies between 0 and 1, such as 0.05")
+        if self.size is not None and self.size <= 0:
+            raise _bad(f"no file has {self.size} bytes", "give a size such as 50MB")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that are named."""
+        if self.rank is None:
+            return ()
+        return (self.rank,) if isinstance(self.rank, int) else tuple(self.rank.values())
+
+    @property
+    def highest(self) -> int | None:
+        """The greatest rank that can come out of it; None where only the modules themselves tell."""
+        named = max(self.ranks, default=None)
+        if not isinstance(self.rank, int) and set(LAYERS) - set(self.rank or ()):
+            named = None
+        known = [rank for rank in (named, self.most) if rank is not None]
+        return max(self.least, min(known)) if known else None
+
+    @property
+    def facts(self) -> dict[str, Json]:
+        """What was given, for JSON and for the metadata of the result."""
+        found: dict[str, Json] = {}
+        if self.rank is not None:
+            found["rank"] = self.rank if isinstance(self.rank, int) else dict(self.rank)
+        for name in ("energy", "error", "size"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        if self.auto:
+            found["rank"] = AUTO
+        if self.least > 1:
+            found["least"] = self.least
+        if self.most is not None:
+            found["most"] = self.most
+        return found
 
 
 @dataclass(frozen=True)
@@ -45,3 +125,172 @@ class Spectrum:
     full: int
     noise: float = 0.0
     weight: float = field(default=1.0)
+
+    def left_out(self, rank: int) -> float:
+        """The weighted squared error of keeping `rank` values."""
+        beyond = max(0.0, self.energy - fsum(value * value for value in self.values))
+        if len(self.values) >= self.full:
+            beyond = 0.0
+        return self.weight * (fsum(value * value for value in self.values[rank:]) + beyond)
+
+
+def allocate(spectra: Mapping[K, Spectrum], rule: RankRule, *, fixed: int = 0) -> dict[K, int]:
+    """The rank of every module.
+
+    fixed: bytes of the file that do not depend on ranks, for a rule of size.
+    A rank never exceeds `full`, the values that are known and the rule's `most`, and falls below
+    `least` only where one of those does. It is 0, which means that the module is left out, where it
+    changes nothing or, by `auto`, where nothing stands out of the noise. An energy or an error that
+    cannot be met within these bounds is met as nearly as they allow.
+    Raises UsageError for a size that not even the least ranks fit into.
+    """
+    caps = {key: _cap(spectrum, rule) for key, spectrum in spectra.items()}
+    floors = {key: min(rule.least, cap) for key, cap in caps.items()}
+    if rule.auto:
+        above = {key: _above_noise(spectrum) for key, spectrum in spectra.items()}
+        return {key: min(caps[key], max(floors[key], count)) if count else 0 for key, count in above.items()}
+    if rule.size is not None:
+        return _within_size(spectra, rule.size - fixed, floors, caps, fixed)
+    if rule.error is not None or rule.energy is not None:
+        share = rule.error**2 if rule.error is not None else 1 - (rule.energy or 0)
+        return _within_error(spectra, share, floors, caps)
+    return {key: min(caps[key], max(floors[key], _named(s, rule))) for key, s in spectra.items()}
+
+
+def cost_of(spectra: Mapping[K, Spectrum], ranks: Mapping[K, int]) -> int:
+    """The bytes that these ranks take in the file."""
+    return sum(spectra[key].cost * rank for key, rank in ranks.items())
+
+
+def left_out(spectra: Mapping[K, Spectrum], ranks: Mapping[K, int]) -> float:
+    """The weighted squared error of these ranks, all modules together."""
+    return fsum(spectra[key].left_out(rank) for key, rank in ranks.items())
+
+
+def _cap(spectrum: Spectrum, rule: RankRule) -> int:
+    known = min(spectrum.full, len(spectrum.values))
+    return known if rule.most is None else min(known, rule.most)
+
+
+def _named(spectrum: Spectrum, rule: RankRule) -> int:
+    if isinstance(rule.rank, int):
+        return rule.rank
+    return (rule.rank or {}).get(spectrum.layer, spectrum.full)
+
+
+def _above_noise(spectrum: Spectrum) -> int:
+    # Descending values are ascending when negated.
+    return bisect_left([-value for value in spectrum.values], -spectrum.noise)
+
+
+def _in_order(
+    spectra: Mapping[K, Spectrum], floors: Mapping[K, int], caps: Mapping[K, int]
+) -> Iterator[tuple[K, float]]:
+    """Every value above the floors, by what it saves per byte: (module, what it saves)."""
+    row = [
+        (spectrum.weight * value * value / max(spectrum.cost, 1), -index, key)
+        for index, (key, spectrum) in enumerate(spectra.items())
+        for value in spectrum.values[floors[key] : caps[key]]
+    ]
+    # Equal savings go to the module that comes first, whose values are then equal as well.
+    row.sort(key=lambda entry: entry[:2], reverse=True)
+    for saving, _, key in row:
+        yield key, saving * max(spectra[key].cost, 1)
+
+
+def _within_error(
+    spectra: Mapping[K, Spectrum], share: float, floors: Mapping[K, int], caps: Mapping[K, int]
+) -> dict[K, int]:
+    """The least ranks, in order of saving per byte, that leave out this share of the squared error."""
+    ranks = dict(floors)
+    permitted = share * fsum(spectrum.weight * spectrum.energy for spectrum in spectra.values())
+    row = list(_in_order(spectra, floors, caps))
+    # From the end, so that small numbers are added up among themselves.
+    remaining = left_out(spectra, caps)
+    while row and remaining + row[-1][1] <= permitted:
+        remaining += row.pop()[1]
+    for key, _ in row:
+        ranks[key] += 1
+    return ranks
+
+
+def _within_size(
+    spectra: Mapping[K, Spectrum], budget: int, floors: Mapping[K, int], caps: Mapping[K, int], fixed: int
+) -> dict[K, int]:
+    """The ranks that leave out least within `budget` bytes, but for less than one more value."""
+    ranks = dict(floors)
+    least = cost_of(spectra, floors)
+    if least > budget:
+        raise UsageError(
+            f"{budget + fixed} bytes are too few: the least ranks take {least + fixed}",
+            code="size",
+            hint=f"the smallest size possible is {least + fixed} bytes; leaving modules out makes it smaller",
+            details={"size": budget + fixed, "smallest": least + fixed},
+        )
+    spare = budget - least
+    for key, _ in _in_order(spectra, floors, caps):
+        # A module whose next value does not fit has no smaller one: its columns are of one size.
+        if spectra[key].cost <= spare:
+            ranks[key] += 1
+            spare -= spectra[key].cost
+    return min(ranks, _same_for_all(spectra, budget, floors, caps), key=lambda one: left_out(spectra, one))
+
+
+def _same_for_all(
+    spectra: Mapping[K, Spectrum], budget: int, floors: Mapping[K, int], caps: Mapping[K, int]
+) -> dict[K, int]:
+    """The greatest rank for all modules that fits.
+
+    Where large columns leave a gap at the end, it can be a little better than taking them in order.
+    """
+
+    def ranks(same: int) -> dict[K, int]:
+        return {key: min(caps[key], max(floors[key], same)) for key in spectra}
+
+    tried = range(1, max(caps.values(), default=0) + 1)
+    above = bisect_left(tried, True, key=lambda same: cost_of(spectra, ranks(same)) > budget)
+    return ranks(above)
+
+
+def parse_rank(text: str) -> int | dict[str, int] | Literal["auto"]:
+    """A rank as it is typed: `16`, `conv=8,linear=16` or `auto`. Raises UsageError for anything else."""
+    if text.strip() == AUTO:
+        return AUTO
+    if "=" not in text:
+        return _number(text, text)
+    found: dict[str, int] = {}
+    for entry in text.split(","):
+        layer, _, number = (part.strip() for part in entry.partition("="))
+        if layer not in LAYERS or layer in found:
+            raise _bad(f"`{text}`: `{layer}` is no kind of layer, or stands twice", _RANK_HINT)
+        found[layer] = _number(number, text)
+    return found
+
+
+_RANK_HINT = "a rank is a number (16), numbers by layer (conv=8,linear=16), or auto"
+
+
+def _number(text: str, whole: str) -> int:
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
+        raise _bad(f"`{whole}` is not a rank", _RANK_HINT)
+    number = int(text)
+    _require_rank(number, "a rank")
+    return number
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `50MB`, `47.5 MiB` or `1048576`: MB is 1000², MiB is 1024². Raises UsageError."""
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = found and _UNITS.get(found[2].lower())
+    if not found or not unit:
+        raise _bad(f"`{text}` is not a size", "a size is a number with its unit: 50MB, 47.5MiB, 900kB")
+    return int(float(found[1]) * unit)
+
+
+def _require_rank(rank: int, what: str) -> None:
+    if rank < 1:
+        raise _bad(f"{what} of {rank} would leave nothing", "ranks begin at 1; `slice` leaves modules out")
+
+
+def _bad(message: str, hint: str) -> UsageError:
+    return UsageError(message, code="rank-rule", hint=hint)
