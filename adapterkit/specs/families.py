@@ -19,7 +19,9 @@ from adapterkit.specs.names import Network, Piece, Row, Span, heads, network
 from adapterkit.specs.paths import formats_dir
 
 ANY = "*"
-_TOP_KEYS = frozenset(["title", "open", "components", "sizes", "evidence", "spelling", "targets"])
+_TOP_KEYS = frozenset(
+    ["title", "open", "config", "components", "sizes", "evidence", "spelling", "targets", "checkpoint"]
+)
 
 
 class Names(Protocol):
@@ -91,6 +93,8 @@ class Family:
     components: component -> network's name, or ANY.  spelling: layout's name -> prefixes, the
     first listed for a component is the one written.  targets: named variations of a layout.
     evidence: metadata key -> beginnings of values that speak for this family.
+    checkpoint: what prefixes mean in base models, whose tensors stand under the networks' own names.
+    config: a field that only the config.json of such models has.
     """
 
     name: str
@@ -101,6 +105,8 @@ class Family:
     open: bool = False
     evidence: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     targets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    checkpoint: tuple[Prefix, ...] = ()
+    config: str = ""
 
     @property
     def label(self) -> str:
@@ -213,6 +219,8 @@ def parse_family(name: str, document: Mapping[str, object], where: str) -> tuple
             open=bool(document.get("open", False)),
             evidence={key: tuple(values) for key, values in evidence.items()},
             targets=cast(dict[str, dict[str, str]], document.get("targets", {})),
+            checkpoint=_prefixes(cast(dict[str, object], document.get("checkpoint", {}))),
+            config=str(document.get("config", "")),
         )
         for size, own in sizes.items()
     )
@@ -229,6 +237,9 @@ def _prove(family: Family, where: str) -> None:
         for prefix in prefixes:
             if prefix.component not in family.components:
                 raise SpecError(f"{where}: spelling.{layout}: `{prefix.component}` is no component")
+    for prefix in family.checkpoint:
+        if prefix.component not in family.components:
+            raise SpecError(f"{where}: checkpoint: `{prefix.component}` is no component")
     for name, settings in family.targets.items():
         if settings.get("layout") not in family.spelling:
             raise SpecError(f"{where}: target `{name}` names no layout of this family")

@@ -132,6 +132,13 @@ class Store(ABC):
     def close(self) -> None:
         """Let go of the file. Tensors and views already handed out stay valid."""
 
+    def release(self) -> None:
+        """Let go of the file's pages in memory; tensors that view them read them again when touched.
+
+        For reading more than memory holds. What was written into such tensors is lost.
+        """
+        return
+
     def scalar(self, name: str) -> float:
         """The first element as a float, without torch."""
         info = self.info(name)

@@ -39,5 +39,8 @@ class FileStore(Store):
     def require_unchanged(self) -> None:
         self._file.require_unchanged()
 
+    def release(self) -> None:
+        self._file.release()
+
     def close(self) -> None:
         self._file.close()

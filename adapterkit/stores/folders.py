@@ -50,6 +50,9 @@ class FolderStore(Store):
     def require_unchanged(self) -> None:
         self._inner.require_unchanged()
 
+    def release(self) -> None:
+        self._inner.release()
+
     def close(self) -> None:
         self._inner.close()
 

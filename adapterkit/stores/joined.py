@@ -45,6 +45,10 @@ class JoinedStore(Store):
         for store in self._parts.values():
             store.require_unchanged()
 
+    def release(self) -> None:
+        for store in self._parts.values():
+            store.release()
+
     def close(self) -> None:
         for store in self._parts.values():
             store.close()

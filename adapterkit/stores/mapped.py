@@ -69,6 +69,12 @@ class MappedFile:
                 hint="run again when nothing writes to the file",
             )
 
+    def release(self) -> None:
+        """Give the pages that were read back to the system; they come again from the file when touched."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            with suppress(OSError, ValueError):
+                self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         self._close_descriptor()
         if self._map is not None:

@@ -64,6 +64,10 @@ class ShardedStore(Store):
         for shard in self._shards:
             shard.require_unchanged()
 
+    def release(self) -> None:
+        for store in self._shards:
+            store.release()
+
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
