@@ -52,6 +52,8 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
     old = _old(plan, component)
     if old is not None and old.peft_type == peft_type and _still_true(plan, modules, old):
         return dict(old.values)
+    if any(module.kind == "experts" for module in modules):
+        raise _not_without_its_own("LORA of parameters")
     base: dict[str, Json] = {}
     if peft_type in _SAY_MORE and not (old and old.peft_type == peft_type and _same_scales(modules, old)):
         raise _not_without_its_own(peft_type)
@@ -63,6 +65,10 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
             raise _not_rewritten(old.needs_itself)
         kept = _OF_THE_BASE if old.peft_type != peft_type else set(old.values) - set(_WRITTEN_OUT)
         base = {name: value for name, value in old.values.items() if name in kept}
+        if isinstance(masks := base.get("rank_pattern"), dict) and peft_type == "ADALORA":
+            # PEFT prunes every module named here, and fails on one that is not there.
+            paths = [f".{module.path}." for module in modules]
+            base["rank_pattern"] = {k: v for k, v in masks.items() if any(p in f".{k}" for p in paths)}
     return {**base, "peft_type": peft_type, "inference_mode": True, **_fields(plan, modules, peft_type)}
 
 
@@ -77,7 +83,7 @@ def _old(plan: Plan, component: str) -> TunerConfig | None:
 
 def _still_true(plan: Plan, modules: Sequence[Module], old: TunerConfig) -> bool:
     """Whether the output has the input's modules, all of them, under their names and with their scales."""
-    if any(source.place.component == modules[0].component for source in plan.lost):
+    if plan.adapter.computed or any(s.place.component == modules[0].component for s in plan.lost):
         return False
     scales = [m.scale for m in modules if m.scale is not None]
     # AdaLoRA's ranks change while it trains; its configuration says what was pruned.

@@ -9,7 +9,7 @@ from adapterkit.deltas.change import Change
 from adapterkit.deltas.factored import Vera
 from adapterkit.deltas.scaling import Scaling
 from adapterkit.deltas.tensors import computing_dtype, rescaled
-from adapterkit.deltas.whole import Whole
+from adapterkit.deltas.whole import Reshape, Whole
 from adapterkit.errors import Unrepresentable, UsageError
 
 
@@ -32,6 +32,9 @@ def at_strength(change: Change, strength: float) -> Change | None:
             return _scaling(change, strength)
         case Vera():
             return replace(change, b=rescaled(change.b, strength))
+        case Reshape():
+            # Against the widened weight its delta is zero, at any strength.
+            return change
         case Whole(replaces=True):
             raise _refusal(change, strength)
     scale: float | None = getattr(change, "scale", None)
@@ -51,7 +54,7 @@ def _scaling(change: Scaling, strength: float) -> Scaling:
 
 def _refusal(change: Change, strength: float) -> Unrepresentable:
     return Unrepresentable(
-        f"{change._title} at strength {strength:g} is no {change._title}: it is not linear in its strength",
+        f"{change._title} cannot say itself at strength {strength:g}: it is not linear in its strength",
         code="strength",
         hint="strengths 0 and 1 are exact; give others where the adapter is loaded, or bake it into the base",
         details={"kind": change.kind, "strength": strength},
