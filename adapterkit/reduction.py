@@ -45,6 +45,7 @@ class Part:
     original: a change that stays as it is, bit for bit, where the rank chosen is no less than its own.
     beside: changes of the place that stay.
     finish: what is made of the new factors; DoRA puts its magnitudes around them.
+    alpha: where it is given, the scale is alpha / rank.
     """
 
     decomposition: Decomposition
@@ -57,6 +58,7 @@ class Part:
     original: Change | None = None
     beside: tuple[Change, ...] = ()
     finish: Finish | None = None
+    alpha: float | None = None
 
     @property
     def full(self) -> int:
@@ -90,7 +92,7 @@ class Part:
         """The best change of that rank: the original if its rank is no higher."""
         if self.original is not None and (self.original.rank or 0) <= rank:
             return self.original
-        scale = self.scale or 1.0
+        scale = (self.scale if self.alpha is None else self.alpha / rank) or 1.0
         up, down = self.decomposition.factors(rank, scale)
         ones = (1,) * len(self.shape[2:])
         kind = EmbeddingLowRank if self.embedding else LowRank
