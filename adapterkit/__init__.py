@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
     from adapterkit.operations.diff import Comparison, diff
     from adapterkit.operations.inspect import Inspection, inspect
+    from adapterkit.operations.slice import SliceOptions, Slicing, plan_slice, slice
     from adapterkit.operations.sources import Opened, load, open
 
 __version__ = "0.1.0"
@@ -31,6 +32,8 @@ __all__ = [
     "ConvertOptions",
     "Inspection",
     "Opened",
+    "SliceOptions",
+    "Slicing",
     "convert",
     "diff",
     "explain",
@@ -39,7 +42,9 @@ __all__ = [
     "load",
     "open",
     "plan_conversion",
+    "plan_slice",
     "save",
+    "slice",
 ]
 
 _HOMES = {
@@ -50,6 +55,8 @@ _HOMES = {
     "ConvertOptions": "adapterkit.operations.convert",
     "Inspection": "adapterkit.operations.inspect",
     "Opened": "adapterkit.operations.sources",
+    "SliceOptions": "adapterkit.operations.slice",
+    "Slicing": "adapterkit.operations.slice",
     "convert": "adapterkit.operations.convert",
     "diff": "adapterkit.operations.diff",
     "explain": "adapterkit.operations.catalogue",
@@ -58,7 +65,9 @@ _HOMES = {
     "load": "adapterkit.operations.sources",
     "open": "adapterkit.operations.sources",
     "plan_conversion": "adapterkit.operations.convert",
+    "plan_slice": "adapterkit.operations.slice",
     "save": "adapterkit.operations.convert",
+    "slice": "adapterkit.operations.slice",
 }
 
 

@@ -28,7 +28,7 @@ from adapterkit.strengths import Strengths, parse_strengths
 
 Changes = dict[Place, tuple[Change, ...]]
 
-LEFT_OUT = "left out"
+LEFT_OUT = "not kept"
 AT_ZERO = "strength 0"
 IN_THE_OTHER = "in the other file"
 
@@ -98,6 +98,8 @@ def plan_slice(source: Source, options: SliceOptions, *, rest: bool = False) -> 
         adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
         target = own_target(adapter) if options.to is None else adapter.family.target(options.to)
         opened.explanation.decided(opened.store.label, target.name)
+        if options.first_ranks is not None and options.trained_by is None:
+            options = replace(options, trained_by=trained_by(adapter.metadata))
         parts = _divide(adapter, options)
         how = Options(as_lora=options.as_lora, allow=frozenset(options.allow))
         plan = make_plan(_kept(adapter, parts, options, rest), target, how)
@@ -141,6 +143,10 @@ def _require_something(options: SliceOptions, rest: bool) -> None:
         raise UsageError(
             "the rest is what --keep and --drop leave out, as it is",
             hint="with --rest give --keep or --drop, and scale each of the two files afterwards",
+        )
+    if options.trained_by is not None and options.first_ranks is None:
+        raise UsageError(
+            "whose DyLoRA it is tells how its first ranks count", hint="give --first-ranks as well"
         )
     if options.first_ranks is not None and options.first_ranks < 1:
         raise UsageError(f"{options.first_ranks} ranks are none", hint="give at least 1")
@@ -187,9 +193,8 @@ def _divide(adapter: Adapter, options: SliceOptions) -> _Parts:
     for place, changes in adapter.changes.items():
         with located(f"`{adapter.natives.get(place, place.span[0].module)}`"):
             _divide_place(parts, adapter, place, changes, choice, options.as_lora)
-    if options.first_ranks is not None:
-        by = options.trained_by or trained_by(adapter.metadata)
-        parts.kept = _with_first_ranks(adapter, parts.kept, options.first_ranks, by)
+    if options.first_ranks is not None and options.trained_by is not None:
+        parts.kept = _with_first_ranks(adapter, parts.kept, options.first_ranks, options.trained_by)
     return parts
 
 
@@ -261,7 +266,9 @@ def _rest(adapter: Adapter, parts: _Parts, options: SliceOptions) -> Adapter:
     """What was left out, as an adapter."""
     if not parts.left:
         raise Refused(
-            "nothing is left out, so there is no rest", code="nothing-left", hint="keep less, or drop more of it"
+            "nothing is left out, so there is no rest",
+            code="nothing-left",
+            hint="keep less, or drop more of it",
         )
     dropped = _missing(adapter, parts.reasons, dict.fromkeys(parts.used, IN_THE_OTHER))
     return _adapter(adapter, parts.left, dropped | dict.fromkeys(parts.passengers, IN_THE_OTHER), options)
@@ -312,5 +319,6 @@ def _facts(adapter: Adapter, options: SliceOptions) -> dict[str, Json]:
         "drop": list[Json](options.drop),
         "scale": options.scale,
         "first_ranks": options.first_ranks,
+        "trained_by": options.trained_by,
     }
     return {name: value for name, value in given.items() if value}

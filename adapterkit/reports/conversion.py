@@ -31,12 +31,12 @@ def plan_report(source: str, plan: Plan) -> RenderableType:
     """The mapping by pattern, the scale, the sizes and the losses; nothing has been written."""
     rows: list[Fact] = [
         ("from", _source(plan)),
-        ("to", f"{_target(plan)}, {size(_output_size(plan))} of tensors"),
+        ("to", f"{target_words(plan)}, {size(output_size(plan))} of tensors"),
         *_scale_facts(plan),
-        ("tensors", _receipt(plan)),
-        *_loss_facts(plan),
+        ("tensors", receipt_words(plan)),
+        *loss_facts(plan),
     ]
-    notes = map(_note, (*_odd_input(plan), *_kept_names(plan)))
+    notes = map(note, (*_odd_input(plan), *_kept_names(plan)))
     return Group(heading(source, "(a plan; nothing is written)"), facts(rows), *_moves(plan), *notes)
 
 
@@ -64,14 +64,14 @@ def conversion_report(source: str, done: Conversion) -> RenderableType:
     plan = done.plan
     rows: list[Fact] = [
         ("from", _source(plan)),
-        ("to", f"{_target(plan)}, {_written_size(done)}"),
-        ("tensors", f"{_receipt(plan)}; {_tensor_count(plan)} out"),
+        ("to", f"{target_words(plan)}, {written_size(done)}"),
+        ("tensors", f"{receipt_words(plan)}; {_tensor_count(plan)} out"),
         *_scale_facts(plan),
-        *_loss_facts(plan),
-        ("verified", _verified(done)),
-        *_file_facts(done),
+        *loss_facts(plan),
+        ("verified", verified_words(done)),
+        *file_facts(done),
     ]
-    return Group(heading(source), facts(rows), *map(_note, _notes(plan)))
+    return Group(heading(source), facts(rows), *map(note, notes_of(plan)))
 
 
 def _source(plan: Plan) -> str:
@@ -80,7 +80,7 @@ def _source(plan: Plan) -> str:
     return f"{spelled} for {plan.adapter.family.label}: {modules}, {_input_size(plan)}"
 
 
-def _target(plan: Plan) -> str:
+def target_words(plan: Plan) -> str:
     return f"{plan.target.name}: {counted(_module_count(plan), 'module')}"
 
 
@@ -97,15 +97,15 @@ def _input_size(plan: Plan) -> str:
     return size(store.size) if store is not None else "in memory"
 
 
-def _output_size(plan: Plan) -> int:
+def output_size(plan: Plan) -> int:
     return sum(info.nbytes for info in plan.header())
 
 
-def _written_size(done: Conversion) -> str:
+def written_size(done: Conversion) -> str:
     return size(sum(written.size for written in done.written))
 
 
-def _receipt(plan: Plan) -> str:
+def receipt_words(plan: Plan) -> str:
     """The sum that must come out even."""
     receipt = plan.receipt
     parts = f"{receipt.mapped} mapped + {receipt.carried} carried + {len(receipt.dropped)} dropped"
@@ -134,7 +134,7 @@ def _folds(plan: Plan) -> bool:
     return plan.options.fold or plan.target.scale == "none"
 
 
-def _loss_facts(plan: Plan) -> Iterator[Fact]:
+def loss_facts(plan: Plan) -> Iterator[Fact]:
     """What was left out, and why that is no loss or who consented to it."""
     if plan.idle:
         yield "left out", f"{counted(len(plan.idle), 'module')} that would change nothing: exactly zero"
@@ -146,7 +146,7 @@ def _loss_facts(plan: Plan) -> Iterator[Fact]:
         yield "", Text(text, style="yellow")
 
 
-def _verified(done: Conversion) -> str:
+def verified_words(done: Conversion) -> str:
     found = done.verification
     if found is None:
         return "no (--verify none)"
@@ -154,7 +154,7 @@ def _verified(done: Conversion) -> str:
     return f"{modules} read back, greatest relative error {error_words(found.error)}"
 
 
-def _file_facts(done: Conversion) -> Iterator[Fact]:
+def file_facts(done: Conversion) -> Iterator[Fact]:
     """Every file, those with tensors with their hash."""
     hashes = iter(done.written)
     for path in done.files:
@@ -163,11 +163,11 @@ def _file_facts(done: Conversion) -> Iterator[Fact]:
             yield "sha256", next(hashes).sha256
 
 
-def _note(text: str) -> RenderableType:
+def note(text: str) -> RenderableType:
     return Padding(Text.assemble(("note: ", "yellow"), shown(text)), (0, 0, 0, 2))
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def notes_of(plan: Plan) -> Iterator[str]:
     """What is odd about the input, and what may go wrong in a program that reads the output."""
     yield from _odd_input(plan)
     yield from _kept_names(plan)
@@ -214,9 +214,9 @@ def outcomes_report(outcomes: Sequence[tuple[str, Outcome]], width: int) -> Rend
     else:
         table = facts((error, Text.assemble(name, f" {amount}")) for amount, error, name in rows)
     done = [outcome for _, outcome in outcomes if isinstance(outcome, Conversion)]
-    notes = dict.fromkeys(text for one in done for text in _notes(one.plan))
+    notes = dict.fromkeys(text for one in done for text in notes_of(one.plan))
     total = Text(f"{len(done)} of {counted(len(outcomes), 'adapter')} converted", style="bold")
-    return Group(Padding(table, (0, 0, 0, 2)), total, *map(_note, notes))
+    return Group(Padding(table, (0, 0, 0, 2)), total, *map(note, notes))
 
 
 def _outcome(source: str, outcome: Outcome) -> tuple[str, str, Text]:
@@ -247,7 +247,7 @@ def plan_json(source: str, plan: Plan) -> dict[str, Json]:
         "lost": {plan.adapter.natives[source.place]: reason for source, reason in plan.lost.items()},
         "moves": [asdict(move) for move in moves(plan)],
         "warnings": list(_odd_input(plan)),
-        "bytes": {"in": plan.adapter.store.size if plan.adapter.store else None, "out": _output_size(plan)},
+        "bytes": {"in": plan.adapter.store.size if plan.adapter.store else None, "out": output_size(plan)},
     }
     return cast(dict[str, Json], content)
 
