@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterkit import __version__
-from adapterkit.cli import catalogue, convert, diff, inspect
+from adapterkit.cli import catalogue, convert, diff, extract, inspect, slice
 from adapterkit.cli.options import manners
 from adapterkit.cli.output import Output
 from adapterkit.errors import UsageError
@@ -62,5 +62,13 @@ def app(context: click.Context) -> int:
     return 0
 
 
-for command in (inspect.inspect, convert.convert, diff.diff, catalogue.formats, catalogue.explain):
+for command in (
+    inspect.inspect,
+    convert.convert,
+    diff.diff,
+    extract.extract,
+    slice.slice,
+    catalogue.formats,
+    catalogue.explain,
+):
     app.add_command(command)
