@@ -88,14 +88,18 @@ def differences(
 
 
 def _difference(unit: _Unit, a: Adapter, b: Adapter, cosines: bool) -> Difference:
-    if unit.place is not None:
-        pairs = _by_kind(a.changes[unit.place], b.changes[unit.place])
-    else:
-        pairs = list(_pairs(unit.left, unit.right))
+    pairs = pairs_of(unit, a, b)
     shape = weight_shape(a.family, unit.place) if unit.place else None
     error = max((_error(one, two, shape) for one, two in pairs), default=0.0)
     cosine = _cosine(pairs, error) if cosines else None
     return Difference(unit.component, unit.module, unit.param, error, cosine)
+
+
+def pairs_of(unit: _Unit, a: Adapter, b: Adapter) -> list[_Pair]:
+    """What the two adapters change of a unit, side against side; None where a side changes nothing."""
+    if unit.place is not None:
+        return _by_kind(a.changes[unit.place], b.changes[unit.place])
+    return list(_pairs(unit.left, unit.right))
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class Part:
     embedding: whether it is LoRA of an embedding.
     noise, weight: see `ranks.Spectrum`.
     dtype: of its factors unless the options say another; None: that of what is at the place now.
-    original: a change that stays as it is, bit for bit, where the rank chosen is no less than its own.
+    original: a change that stays as it is, bit for bit, where the rank chosen is no less than its own,
+    or where factors of that rank would be no smaller than it is (a whole delta).
     beside: changes of the place that stay.
     finish: what is made of the new factors; DoRA puts its magnitudes around them.
     alpha: where it is given, the scale is alpha / rank.
@@ -88,9 +89,25 @@ class Part:
             weight=self.weight,
         )
 
+    def keeps(self, rank: int) -> bool:
+        """Whether the original stays."""
+        if self.original is None or rank == 0:
+            return False
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        own = self.original.rank
+        return own <= rank if own is not None else rank * (rows + columns) >= rows * columns
+
+    def left_out(self, rank: int) -> float:
+        """‖delta − what is kept‖², before rounding."""
+        return 0.0 if self.keeps(rank) else self.decomposition.left_out(rank)
+
+    def error(self, rank: int) -> float:
+        """‖delta − what is kept‖ / ‖delta‖, before rounding."""
+        return 0.0 if self.keeps(rank) else self.decomposition.error(rank)
+
     def change(self, rank: int, dtype: torch.dtype) -> Change:
-        """The best change of that rank: the original if its rank is no higher."""
-        if self.original is not None and (self.original.rank or 0) <= rank:
+        """The best change of that rank."""
+        if self.original is not None and self.keeps(rank):
             return self.original
         scale = (self.scale if self.alpha is None else self.alpha / rank) or 1.0
         up, down = self.decomposition.factors(rank, scale)
@@ -130,13 +147,13 @@ class Reduction:
     @property
     def errors(self) -> dict[Place, float]:
         """Per place ‖delta − kept‖ / ‖delta‖, before rounding."""
-        return {place: part.decomposition.error(self.ranks[place]) for place, part in self.parts.items()}
+        return {place: part.error(self.ranks[place]) for place, part in self.parts.items()}
 
     @property
     def error(self) -> float:
         """The relative Frobenius error over all parts together, before rounding."""
         total = math.fsum(part.decomposition.energy for part in self.parts.values())
-        beyond = math.fsum(p.decomposition.left_out(self.ranks[place]) for place, p in self.parts.items())
+        beyond = math.fsum(part.left_out(self.ranks[place]) for place, part in self.parts.items())
         return math.sqrt(min(1.0, beyond / total)) if total else 0.0
 
     @property

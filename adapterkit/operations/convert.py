@@ -101,14 +101,15 @@ def plan_conversion(source: Source, to: str, options: ConvertOptions | None = No
         target = opened.explanation.family.target(to)
         opened.explanation.decided(opened.store.label, to)
         adapter = opened.load(allow=options.allow, scale_from=options.scale_from)
-        plan = make_plan(adapter, target, _plan_options(options))
+        plan = make_plan(adapter, target, plan_options(options))
         # What cannot stand in the metadata or the configuration is refused here as well.
         output_metadata(plan)
         _configs(plan)
     return plan
 
 
-def _plan_options(options: ConvertOptions) -> Options:
+def plan_options(options: ConvertOptions) -> Options:
+    """What of the options concerns the plan. UsageError for an unknown dtype."""
     dtype = None
     if options.dtype is not None:
         if options.dtype not in _DTYPES:
@@ -136,7 +137,7 @@ def save(adapter: Adapter, to: str, output: str | Path, options: ConvertOptions 
     The options that concern reading (family, scale_from) have no effect.
     """
     options = options or ConvertOptions()
-    plan = make_plan(adapter, adapter.family.target(to), _plan_options(options))
+    plan = make_plan(adapter, adapter.family.target(to), plan_options(options))
     return write_plan(plan, Path(output), options)
 
 
