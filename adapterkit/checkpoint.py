@@ -81,12 +81,12 @@ class Checkpoint:
 
     def keys(self, component: str, span: Span, param: str) -> tuple[str, ...]:
         """The file's tensors that hold these rows; () if some of the rows are missing."""
-        stretches = self._stretches(component, span, param)
+        stretches = self.stretches(component, span, param)
         return tuple(dict.fromkeys(s.key for s in stretches)) if stretches else ()
 
     def shape(self, component: str, span: Span, param: str) -> tuple[int, ...] | None:
         """The shape of the tensor that stacks these rows; None if some of them are missing."""
-        stretches = self._stretches(component, span, param)
+        stretches = self.stretches(component, span, param)
         if stretches is None:
             return None
         rest = {self._shape(s)[1:] for s in stretches}
@@ -107,7 +107,7 @@ class Checkpoint:
         """
         import torch
 
-        stretches = self._stretches(component, span, param)
+        stretches = self.stretches(component, span, param)
         if stretches is None or self.shape(component, span, param) is None:
             return None
         if rows is not None:
@@ -170,8 +170,11 @@ class Checkpoint:
             yield Fragment(each.key, piece, first, height)
             first += height
 
-    def _stretches(self, component: str, span: Span, param: str) -> tuple[Stretch, ...] | None:
-        """The rows of the file that make up a span, those that follow on from each other joined."""
+    def stretches(self, component: str, span: Span, param: str) -> tuple[Stretch, ...] | None:
+        """The rows of the file that make up a span, from its top; None if some are missing.
+
+        Those that follow on from each other in one tensor are one.
+        """
         each = self._whole.get((component, span, param))
         if each is not None and not span[0].transposed:
             shape = self.store.tensors[each.key].shape

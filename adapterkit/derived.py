@@ -34,7 +34,7 @@ def derived(
     return replace(
         adapter,
         changes=kept,
-        metadata={**adapter.metadata, PROVENANCE: _history(adapter.metadata, operation, facts)},
+        metadata={**adapter.metadata, PROVENANCE: history(adapter.metadata, operation, facts)},
         scales={place: scale for place in kept if (scale := _scale(adapter, place, kept[place])) is not None},
         natives={**adapter.natives, **(natives or {})},
         keys={
@@ -57,8 +57,8 @@ def _scale(adapter: Adapter, place: Place, changes: Sequence[Change]) -> Scale |
     return before
 
 
-def _history(metadata: Mapping[str, str], operation: str, facts: Mapping[str, Json]) -> str:
-    """What was done to the adapter, oldest first, as JSON."""
+def history(metadata: Mapping[str, str], operation: str, facts: Mapping[str, Json]) -> str:
+    """What was done to a file, oldest first, as JSON: for its metadata, under PROVENANCE."""
     steps = [*_earlier(metadata.get(PROVENANCE, "")), {"operation": operation, **facts}]
     return json.dumps(steps, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 

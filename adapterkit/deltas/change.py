@@ -98,6 +98,10 @@ class Change(ABC):
         self._check_weight(tuple(base.shape))
         return self._on(base.device)._delta(base.to(work), work).reshape(base.shape).to(dtype)
 
+    def require_fit(self, weight_shape: tuple[int, ...]) -> None:
+        """Raise Mismatch unless a weight of this shape can be changed."""
+        self._check_weight(weight_shape)
+
     def take(self, start: int, stop: int) -> Change:
         """The change of rows [start, stop) of the weight's first axis, exactly.
 

@@ -132,6 +132,10 @@ class Store(ABC):
     def close(self) -> None:
         """Let go of the file. Tensors and views already handed out stay valid."""
 
+    def files(self) -> tuple[tuple[str, Store], ...]:
+        """The stores of single files that it is made of, each with what stands before their names here."""
+        return (("", self),)
+
     def release(self) -> None:
         """Let go of the file's pages in memory; tensors that view them read them again when touched.
 

@@ -47,6 +47,9 @@ class FolderStore(Store):
     def tensor(self, name: str) -> torch.Tensor:
         return self._inner.tensor(name)
 
+    def files(self) -> tuple[tuple[str, Store], ...]:
+        return self._inner.files()
+
     def require_unchanged(self) -> None:
         self._inner.require_unchanged()
 

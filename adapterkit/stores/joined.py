@@ -1,4 +1,4 @@
-"""Several stores as one: the folders of a model's components, each an adapter of its own."""
+"""Several stores as one: the folders of a model's components, or the adapters of a merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class JoinedStore(Store):
 
     kind = "folder"
 
-    def __init__(self, path: Path, parts: Mapping[str, Store]) -> None:
+    def __init__(self, path: Path | None, parts: Mapping[str, Store]) -> None:
         self._parts = dict(parts)
         self.path = path
         self.tensors = {
@@ -40,6 +40,11 @@ class JoinedStore(Store):
     def tensor(self, name: str) -> torch.Tensor:
         part, _, rest = name.partition("/")
         return self._parts[part].tensor(rest)
+
+    def files(self) -> tuple[tuple[str, Store], ...]:
+        return tuple(
+            (f"{part}/{front}", file) for part, store in self._parts.items() for front, file in store.files()
+        )
 
     def require_unchanged(self) -> None:
         for store in self._parts.values():

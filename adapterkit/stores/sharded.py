@@ -60,6 +60,9 @@ class ShardedStore(Store):
         self.info(name)
         return self._homes[name].tensor(name)
 
+    def files(self) -> tuple[tuple[str, Store], ...]:
+        return tuple(("", shard) for shard in self._shards)
+
     def require_unchanged(self) -> None:
         for shard in self._shards:
             shard.require_unchanged()
