@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
     from adapterkit.operations.diff import Comparison, diff
     from adapterkit.operations.inspect import Inspection, inspect
+    from adapterkit.operations.merge import MergeOptions, Merging, merge, plan_merge
     from adapterkit.operations.slice import SliceOptions, Slicing, plan_slice, slice
     from adapterkit.operations.sources import Opened, load, open
 
@@ -31,6 +32,8 @@ __all__ = [
     "Conversion",
     "ConvertOptions",
     "Inspection",
+    "MergeOptions",
+    "Merging",
     "Opened",
     "SliceOptions",
     "Slicing",
@@ -40,8 +43,10 @@ __all__ = [
     "formats",
     "inspect",
     "load",
+    "merge",
     "open",
     "plan_conversion",
+    "plan_merge",
     "plan_slice",
     "save",
     "slice",
@@ -54,6 +59,8 @@ _HOMES = {
     "Conversion": "adapterkit.operations.convert",
     "ConvertOptions": "adapterkit.operations.convert",
     "Inspection": "adapterkit.operations.inspect",
+    "MergeOptions": "adapterkit.operations.merge",
+    "Merging": "adapterkit.operations.merge",
     "Opened": "adapterkit.operations.sources",
     "SliceOptions": "adapterkit.operations.slice",
     "Slicing": "adapterkit.operations.slice",
@@ -63,8 +70,10 @@ _HOMES = {
     "formats": "adapterkit.operations.catalogue",
     "inspect": "adapterkit.operations.inspect",
     "load": "adapterkit.operations.sources",
+    "merge": "adapterkit.operations.merge",
     "open": "adapterkit.operations.sources",
     "plan_conversion": "adapterkit.operations.convert",
+    "plan_merge": "adapterkit.operations.merge",
     "plan_slice": "adapterkit.operations.slice",
     "save": "adapterkit.operations.convert",
     "slice": "adapterkit.operations.slice",

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterkit import __version__
-from adapterkit.cli import catalogue, convert, diff, extract, inspect, slice
+from adapterkit.cli import catalogue, convert, diff, extract, inspect, merge, slice
 from adapterkit.cli.options import manners
 from adapterkit.cli.output import Output
 from adapterkit.errors import UsageError
@@ -66,6 +66,7 @@ for command in (
     inspect.inspect,
     convert.convert,
     diff.diff,
+    merge.merge,
     extract.extract,
     slice.slice,
     catalogue.formats,
