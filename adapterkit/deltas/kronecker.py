@@ -109,6 +109,11 @@ class Kronecker(Change):
         down = _kron(down_1, down_2)
         return LowRank(_kron(up_1, up_2), down.reshape(down.shape[0], *self.shape[1:]), self.scale)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """w1 and w2 in float64, multiplied out, a kernel flattened and no scale in them."""
+        work = torch.float64
+        return _multiplied(*self._first(work)), _multiplied(*self._second(work))
+
     def _delta(self, base: Tensor | None, work: torch.dtype) -> Tensor:
         first, second = (_multiplied(*pair) for pair in (self._first(work), self._second(work)))
         return (_kron(first, second) * self.scale).reshape(self.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.linalg.decomposition import Decomposition, Vectors, fix_signs
-from adapterkit.linalg.factorisations import cholesky, eigh, inverses, require_finite, svd, wide
+from adapterkit.linalg.factorisations import NotConverged, cholesky, eigh, inverses, require_finite, svd, wide
 
 # Steps after which a subspace that has not converged is left for the exact way.
 _STEPS = 60
@@ -50,7 +50,7 @@ def dense_svd(
             found = _iterated(flat, rank, energy, _EXACT if exact else tolerance, seed)
         if found is None:
             found = _by_gram(flat, rank)
-    except torch.linalg.LinAlgError:
+    except NotConverged:
         found = _by_svd(flat, rank)
     values, left, right = found
     u, vt = fix_signs(*((left, right) if flat is matrix else (right.T, left.T)))
@@ -60,7 +60,7 @@ def dense_svd(
 def energy_of(matrix: Tensor) -> float:
     """‖matrix‖² in float64: a float32 sum over some ten million squares is off by a thousandth."""
     rows = max(1, _BLOCK // max(1, matrix.shape[1]))
-    return sum(float(wide(block).square().sum()) for block in matrix.split(rows))
+    return sum((float(wide(block).square().sum()) for block in torch.split(matrix, rows)), 0.0)
 
 
 def _iteration_pays(side: int, rank: int) -> bool:
@@ -117,8 +117,8 @@ def _settled(captured: list[float], energy: float, tolerance: float, rounding: f
 
 def _gram(tall: Tensor) -> Tensor:
     """tallᵀ tall in float64, on the CPU: what is of the size of the rank is quickest there."""
-    tall = wide(tall)
-    return (tall.T @ tall).cpu()
+    numbers = wide(tall)
+    return (numbers.T @ numbers).cpu()
 
 
 def _orthonormal(tall: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def _orthonormal(tall: Tensor) -> Tensor:
     Where columns depend on each other, by eigenvectors, and what there is none of stays zero.
     """
     numbers = wide(tall)
-    gram = (numbers.T @ numbers).cpu()
+    gram = _gram(numbers)
     lengths = inverses(gram.diagonal().sqrt())
     angles = gram * lengths[:, None] * lengths
     lower = cholesky(angles)
@@ -137,7 +137,8 @@ def _orthonormal(tall: Tensor) -> Tensor:
     else:
         squares, vectors = eigh(angles)
         turn = vectors * inverses(torch.where(squares > 1e-10, squares, 0.0).sqrt())
-    return (numbers @ (lengths[:, None] * turn).to(numbers)).to(tall)
+    found: Tensor = numbers @ (lengths[:, None] * turn).to(numbers)
+    return found.to(tall)
 
 
 def _by_gram(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +164,7 @@ def _by_rows(flat: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
     """Some columns at a time, so that not all of them are there in float64 as well."""
-    return flat.split(max(1, _BLOCK // flat.shape[0]), dim=1)
+    return torch.split(flat, max(1, _BLOCK // flat.shape[0]), dim=1)
 
 
 def _by_svd(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

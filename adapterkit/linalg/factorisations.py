@@ -10,6 +10,9 @@ from torch import Tensor
 
 from adapterkit.errors import AdapterkitError, Refused
 
+# Documented as torch's, which does not say so to the checker of types.
+NotConverged: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 
 def wide(tensor: Tensor) -> Tensor:
     """In float64, on the CPU where the tensor's device (Apple's) has no such numbers."""
@@ -34,7 +37,7 @@ def require_finite(energy: float) -> None:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(values (n,) descending, vectors (n, n) in columns) of a symmetric matrix.
 
-    Raises torch.linalg.LinAlgError where it does not converge.
+    Raises NotConverged where it does not converge.
     """
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1), vectors.flip(-1)
@@ -54,7 +57,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     try:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except NotConverged:
         u, values, vt = _surely(matrix)
     return u, values, vt
 

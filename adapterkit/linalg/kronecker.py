@@ -49,6 +49,7 @@ def nearest_kronecker(matrix: Tensor, shape: tuple[int, int]) -> tuple[Tensor, T
         raise Mismatch(
             f"a matrix of {o}x{n} is not made of {a}x{b} blocks",
             code="no-blocks",
+            hint="choose a first factor whose sides divide the matrix's",
             details={"matrix": [o, n], "blocks": [a, b]},
         )
     rows, columns = o // a, n // b

@@ -26,7 +26,7 @@ def rounding_noise(tensor: Tensor) -> float:
     facts = torch.finfo(tensor.dtype)
     least = math.frexp(facts.tiny)[1]
     total = 0.0
-    for block in tensor.detach().reshape(-1).split(_BLOCK):
+    for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
         numbers = block.cpu() if block.dtype == torch.float64 else block.cpu().float()
         exponents = torch.frexp(numbers).exponent
         total += float(torch.exp2(2.0 * exponents.clamp_min(least).double()).sum())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.linalg.decomposition import Decomposition, fix_signs
-from adapterkit.linalg.factorisations import cholesky, eigh, inverses, require_finite, svd, wide
+from adapterkit.linalg.factorisations import NotConverged, cholesky, eigh, inverses, require_finite, svd, wide
 from adapterkit.linalg.pool import each
 
 Factors = Callable[[], tuple[Tensor, Tensor]]
@@ -102,7 +102,7 @@ def _decomposition(
     balance = _balance(rows.diagonal(), columns.diagonal())
     try:
         core = _gram_core(rows, columns, balance, wanted)
-    except torch.linalg.LinAlgError:
+    except NotConverged:
         core = None
     shape = up.shape[0], down.shape[1]
     if core is None:
