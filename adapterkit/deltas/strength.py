@@ -56,6 +56,6 @@ def _refusal(change: Change, strength: float) -> Unrepresentable:
     return Unrepresentable(
         f"{change._title} cannot say itself at strength {strength:g}: it is not linear in its strength",
         code="strength",
-        hint="strengths 0 and 1 are exact; give others where the adapter is loaded, or bake it into the base",
+        hint="strengths 0 and 1 are exact: give it one of these, or bake the adapter into its base",
         details={"kind": change.kind, "strength": strength},
     )

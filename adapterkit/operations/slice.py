@@ -24,6 +24,7 @@ from adapterkit.recut import Preparation
 from adapterkit.scale import ScaleFrom
 from adapterkit.selection import Module, Selector, divided, modules_of, select
 from adapterkit.specs.families import Family, Place
+from adapterkit.stores.atomic import destination
 from adapterkit.strengths import Strengths, parse_strengths
 
 Changes = dict[Place, tuple[Change, ...]]
@@ -125,6 +126,9 @@ def slice(
         raise UsageError("the part and the rest would be one file", hint="name two files")
     planned = plan_slice(source, options, rest=rest is not None)
     writing = ConvertOptions(verify=options.verify, force=options.force)
+    if rest is not None and not planned.plan.layout.folder:
+        # Told before the part is written, not after.
+        destination(Path(rest), options.force)
     done = replace(planned, conversion=write_plan(planned.plan, Path(output), writing))
     if planned.rest is None or rest is None:
         return done

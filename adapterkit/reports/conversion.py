@@ -30,7 +30,7 @@ Outcome = Conversion | AdapterkitError
 def plan_report(source: str, plan: Plan) -> RenderableType:
     """The mapping by pattern, the scale, the sizes and the losses; nothing has been written."""
     rows: list[Fact] = [
-        ("from", _source(plan)),
+        ("from", source_words(plan)),
         ("to", f"{target_words(plan)}, {size(output_size(plan))} of tensors"),
         *_scale_facts(plan),
         ("tensors", receipt_words(plan)),
@@ -63,7 +63,7 @@ def conversion_report(source: str, done: Conversion) -> RenderableType:
     """The receipt of one conversion."""
     plan = done.plan
     rows: list[Fact] = [
-        ("from", _source(plan)),
+        ("from", source_words(plan)),
         ("to", f"{target_words(plan)}, {written_size(done)}"),
         ("tensors", f"{receipt_words(plan)}; {_tensor_count(plan)} out"),
         *_scale_facts(plan),
@@ -74,7 +74,7 @@ def conversion_report(source: str, done: Conversion) -> RenderableType:
     return Group(heading(source), facts(rows), *map(note, notes_of(plan)))
 
 
-def _source(plan: Plan) -> str:
+def source_words(plan: Plan) -> str:
     spelled = " and ".join(layouts()[name].title for name in plan.adapter.layouts)
     modules = counted(len(plan.adapter), "module")
     return f"{spelled} for {plan.adapter.family.label}: {modules}, {_input_size(plan)}"
