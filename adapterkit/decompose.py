@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.deltas import Change, Kronecker, Whole
+from adapterkit.deltas.tensors import computing_dtype
 from adapterkit.errors import AdapterkitError, Refused, located
 from adapterkit.linalg.decomposition import Decomposition
 from adapterkit.linalg.dense_svd import dense_svd
@@ -124,7 +125,7 @@ def _decomposed(change: Change, manner: _Manner) -> Decomposition:
         return kronecker_svd(first * change.scale, second, manner.most)
     if _by_factors(change, manner):
         return factored_svd(partial(_factors, change, torch.device("cpu")), manner.most)
-    matrix = change.dense(None, torch.float32).flatten(1)
+    matrix = change.dense(None, computing_dtype(*change.tensors().values())).flatten(1)
     try:
         return _dense(matrix.to(manner.device), manner)
     except RuntimeError as error:

@@ -25,12 +25,14 @@ class Decomposition:
     shape: (o, n).
     vectors: the leading singular vectors when they are asked for: rank -> (u (o, rank), vt (rank, n)),
     signs fixed. They are made late because most are never needed.
+    held: the factors for a scale of 1, where they are made already; then they are not made again.
     """
 
     values: Tensor
     energy: float
     shape: tuple[int, int]
     vectors: Vectors
+    held: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -56,6 +58,8 @@ class Decomposition:
         Both carry the square root of the values, which leaves the widest margin in half precision.
         A negative scale is taken up by `up`.
         """
+        if self.held is not None and scale == 1.0:
+            return self.held[0][:, :rank], self.held[1][:rank]
         u, vt = self.vectors(rank)
         roots = (self.values[:rank] / abs(scale)).sqrt().to(u)
         return u * math.copysign(1.0, scale) * roots, roots[:, None] * vt
