@@ -10,7 +10,7 @@ from pathlib import Path
 import cli_support
 import pytest
 import torch
-from adapters import File
+from adapters import File, scratch
 from cli_support import document, run
 from manifests import manifests, materialise, read_manifest
 from samples import kohya
@@ -22,9 +22,14 @@ from adapterkit.adapter import Adapter
 from adapterkit.compare import differences
 from adapterkit.deltas import Change, identical
 from adapterkit.errors import AdapterkitError, Refused, Unrepresentable, UsageError
-from adapterkit.operations import slice as slicing
+from adapterkit.operations.slice import Fate
 from adapterkit.operations.sources import load
-from adapterkit.specs.families import Place
+from adapterkit.plan import Plan
+from adapterkit.recut import Source, stretches
+from adapterkit.reports.slicing import block_shares
+from adapterkit.selection import Module
+from adapterkit.specs.families import Place, family
+from adapterkit.strengths import parse_strengths
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
 FILES = sorted(path for path in GOLDEN.iterdir() if path.suffix != ".json")
@@ -56,15 +61,13 @@ def sdxl() -> dict[str, Tensor]:
     return tensors
 
 
-def written(plan: object) -> Adapter:
+def written(plan: Plan) -> Adapter:
     """What the plan's tensors are when they are read again."""
-    return load(plan.state_dict(), family=plan.adapter.family.key)  # type: ignore[attr-defined]
+    return load(plan.state_dict(), family=plan.adapter.family.key)
 
 
 def summed(parts: Mapping[Place, tuple[Change, ...]]) -> dict[str, Tensor]:
     """The delta of every module, by its canonical name, rows of a fused one apart."""
-    from adapterkit.recut import Source, stretches
-
     found: dict[str, Tensor] = {}
     for place, changes in parts.items():
         for change in changes:
@@ -260,10 +263,6 @@ def test_a_scaled_delta_is_exactly_so_many_times_the_delta(scale: str, to: str) 
     planned = plan_slice(source, SliceOptions(scale=scale, family="flux1", to=to))
     found = summed(written(planned.plan).changes)
     whole = summed(load(source, family="flux1").changes)
-    from adapterkit.selection import Module
-    from adapterkit.specs.families import family
-    from adapterkit.strengths import parse_strengths
-
     strengths = parse_strengths(scale, family("flux1")[0])
     for name, delta in whole.items():
         component, _, module = name.partition(".")
@@ -338,8 +337,6 @@ def test_a_slice_of_a_slice_is_the_slice() -> None:
 
 
 def test_the_metadata_says_the_new_rank_and_alpha(tmp_path: Path) -> None:
-    from adapters import scratch
-
     source = scratch(tmp_path, dylora(8, **KOHYA), "dy.safetensors")
     adapterkit.slice(source, tmp_path / "out.safetensors", SliceOptions(first_ranks=2, family="sd1"))
     metadata = load(tmp_path / "out.safetensors", family="sd1").metadata
@@ -459,11 +456,8 @@ def test_an_error_says_which_name_was_meant(tmp_path: Path) -> None:
 
 
 def test_neighbouring_blocks_that_fared_alike_are_shown_together() -> None:
-    from adapterkit.reports.slicing import block_shares
-    from adapterkit.specs.families import family
-
-    fates = [slicing.Fate("model", f"layers.{number}", "x", 1.0) for number in (10, 9, 2)]
-    fates += [slicing.Fate("model", "layers.11", "x", None), slicing.Fate("model", "layers.11", "y", 0.5)]
+    fates = [Fate("model", f"layers.{number}", "x", 1.0) for number in (10, 9, 2)]
+    fates += [Fate("model", "layers.11", "x", None), Fate("model", "layers.11", "y", 0.5)]
     shares = block_shares(family("transformers")[0], fates)
     assert [(share.blocks, share.kept, share.left, share.strengths) for share in shares] == [
         ("layers.2–layers.10", 3, 0, (1.0,)),
