@@ -122,9 +122,7 @@ def run(tuned: Path, base: Path, rank: int, threads: int, device: str | None) ->
     torch.set_num_threads(threads)
     output = tuned.with_name("extracted.safetensors")
     began, spent = time.perf_counter(), time.process_time()
-    done = extract(
-        tuned, base, output, rule=RankRule(rank=rank), options=ExtractOptions(force=True, device=device)
-    )
+    done = extract(tuned, base, output, RankRule(rank=rank), ExtractOptions(force=True, device=device))
     return {
         "seconds": time.perf_counter() - began,
         "cpu": time.process_time() - spent,
@@ -179,8 +177,8 @@ def main() -> None:
         done = measured("extract", threads)
         lowest = 4 * reading + decomposing["seconds"] / threads
         print(
-            f"extract, {threads} thread(s): {done['seconds']:.1f} s ({done['cpu']:.1f} CPU-s), "
-            f"{done['seconds'] / lowest:.2f} of 4 x reading + floor; peak memory {done['peak'] / 1e6:.0f} MB; "
+            f"extract, {threads} threads: {done['seconds']:.1f} s ({done['cpu']:.1f} CPU-s), "
+            f"{done['seconds'] / lowest:.2f} of 4 x reading + floor; peak {done['peak'] / 1e6:.0f} MB; "
             f"error {done['error']:.4f}, {done['size'] / 1e6:.0f} MB"
         )
 

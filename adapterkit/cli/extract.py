@@ -92,6 +92,7 @@ def extract(
     from adapterkit.operations.extract import ExtractOptions
 
     options = ExtractOptions(
+        to=to,
         dtype=dtype,
         alpha=alpha,
         full_small=full_small,
@@ -106,15 +107,15 @@ def extract(
         force=force,
     )
     if plan or place is None:
-        return _plan(output, tuned, base, to, options)
-    return _extract(output, tuned, base, place, to, rule, options, residual)
+        return _plan(output, tuned, base, options)
+    return _extract(output, tuned, base, place, rule, options, residual)
 
 
-def _plan(output: Output, tuned: str, base: str, to: str | None, options: ExtractOptions) -> int:
+def _plan(output: Output, tuned: str, base: str, options: ExtractOptions) -> int:
     from adapterkit.operations.extract import plan_extraction
     from adapterkit.reports.extraction import pairing_json, pairing_report
 
-    pairing = plan_extraction(tuned, base, to=to, options=options)
+    pairing = plan_extraction(tuned, base, options)
     if output.json:
         output.document("plan", pairing_json(tuned, base, pairing))
     else:
@@ -127,7 +128,6 @@ def _extract(
     tuned: str,
     base: str,
     place: str,
-    to: str | None,
     rule: RankRule,
     options: ExtractOptions,
     residual: bool,
@@ -137,7 +137,7 @@ def _extract(
     from adapterkit.reports.extraction import extraction_json, extraction_report
 
     with stages(output) as progress:
-        done = extract_one(tuned, base, place, to=to, rule=rule, options=options, progress=progress)
+        done = extract_one(tuned, base, place, rule, options, progress=progress)
     if output.json:
         output.document("extract", extraction_json(tuned, base, done))
     elif output.quiet and done.conversion is not None:

@@ -41,6 +41,7 @@ OUTCOMES = ("extracted", "whole")
 class ExtractOptions:
     """How to extract; every field has a command-line option of its name.
 
+    to: the format; None: kohya, or PEFT for language models.
     dtype: "fp32", "fp16" or "bf16" for the factors; None: that of most of the tuned model's weights,
     fp16 for a dtype of one byte.
     alpha: written beside every module; None: its rank, so that the scale is 1.
@@ -54,6 +55,7 @@ class ExtractOptions:
     verify, force: see `ConvertOptions`.
     """
 
+    to: str | None = None
     dtype: str | None = None
     alpha: float | None = None
     full_small: bool = False
@@ -154,32 +156,28 @@ def default_target(family: Family) -> str:
     return next(name for name in ("kohya", "peft", *names) if name in names)
 
 
-def plan_extraction(
-    tuned: Model, base: Model, *, to: str | None = None, options: ExtractOptions | None = None
-) -> Pairing:
+def plan_extraction(tuned: Model, base: Model, options: ExtractOptions | None = None) -> Pairing:
     """What `extract` would compare, told from the headers alone.
 
     Raises what opening raises, Mismatch for two models, UsageError for an unknown format or name.
     """
     options = options or ExtractOptions()
     with ExitStack() as opened:
-        return _paired(tuned, base, to, options, opened)
+        return _paired(tuned, base, options, opened)
 
 
 def extract(
     tuned: Model,
     base: Model,
     output: str | Path | None = None,
-    *,
-    to: str | None = None,
     rule: RankRule | None = None,
     options: ExtractOptions | None = None,
+    *,
     progress: Progress | None = None,
 ) -> Extraction:
     """The difference of two models as an adapter; written to `output` if one is given.
 
     tuned, base: files, folders, stores or state dicts, each in any layout.
-    to: the format; None: kohya, or PEFT for language models.
     rule: how many ranks; None: all that stand out of the noise, at most 128.
     progress: told (stage, done, total) from the caller's thread.
     Raises what `plan_extraction` raises; Refused (code "no-difference") where nothing differs,
@@ -193,7 +191,7 @@ def extract(
             hint="alpha is a number above 0; by default it is the rank, and the scale 1",
         )
     with ExitStack() as opened:
-        pairing = _paired(tuned, base, to, options, opened)
+        pairing = _paired(tuned, base, options, opened)
         _require_others(pairing, output)
         with located(pairing.tuned.store.label):
             found = _extracted(pairing, rule, options, progress)
@@ -214,10 +212,10 @@ def _bounded(rule: RankRule | None) -> RankRule:
     return rule if rule.highest is not None else replace(rule, most=max(HIGHEST, rule.least))
 
 
-def _paired(tuned: Model, base: Model, to: str | None, options: ExtractOptions, opened: ExitStack) -> Pairing:
+def _paired(tuned: Model, base: Model, options: ExtractOptions, opened: ExitStack) -> Pairing:
     one = _opened(tuned, options.family, opened)
     two = _opened(base, options.family, opened)
-    target = one.family.target(to or default_target(one.family))
+    target = one.family.target(options.to or default_target(one.family))
     return pair(one, two, target, only=options.only, exclude=options.exclude)
 
 
