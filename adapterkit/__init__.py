@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from adapterkit.operations.catalogue import explain, formats
     from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
     from adapterkit.operations.diff import Comparison, diff
+    from adapterkit.operations.extract import Extraction, ExtractOptions, extract, plan_extraction
     from adapterkit.operations.inspect import Inspection, inspect
     from adapterkit.operations.merge import MergeOptions, Merging, merge, plan_merge
+    from adapterkit.operations.resize import Resizable, ResizeOptions, Resizing, resizable, resize
     from adapterkit.operations.slice import SliceOptions, Slicing, plan_slice, slice
     from adapterkit.operations.sources import Opened, load, open
+    from adapterkit.ranks import RankRule
 
 __version__ = "0.1.0"
 
@@ -31,23 +34,33 @@ __all__ = [
     "Comparison",
     "Conversion",
     "ConvertOptions",
+    "ExtractOptions",
+    "Extraction",
     "Inspection",
     "MergeOptions",
     "Merging",
     "Opened",
+    "RankRule",
+    "Resizable",
+    "ResizeOptions",
+    "Resizing",
     "SliceOptions",
     "Slicing",
     "convert",
     "diff",
     "explain",
+    "extract",
     "formats",
     "inspect",
     "load",
     "merge",
     "open",
     "plan_conversion",
+    "plan_extraction",
     "plan_merge",
     "plan_slice",
+    "resizable",
+    "resize",
     "save",
     "slice",
 ]
@@ -58,23 +71,33 @@ _HOMES = {
     "Comparison": "adapterkit.operations.diff",
     "Conversion": "adapterkit.operations.convert",
     "ConvertOptions": "adapterkit.operations.convert",
+    "ExtractOptions": "adapterkit.operations.extract",
+    "Extraction": "adapterkit.operations.extract",
     "Inspection": "adapterkit.operations.inspect",
     "MergeOptions": "adapterkit.operations.merge",
     "Merging": "adapterkit.operations.merge",
     "Opened": "adapterkit.operations.sources",
+    "RankRule": "adapterkit.ranks",
+    "Resizable": "adapterkit.operations.resize",
+    "ResizeOptions": "adapterkit.operations.resize",
+    "Resizing": "adapterkit.operations.resize",
     "SliceOptions": "adapterkit.operations.slice",
     "Slicing": "adapterkit.operations.slice",
     "convert": "adapterkit.operations.convert",
     "diff": "adapterkit.operations.diff",
     "explain": "adapterkit.operations.catalogue",
+    "extract": "adapterkit.operations.extract",
     "formats": "adapterkit.operations.catalogue",
     "inspect": "adapterkit.operations.inspect",
     "load": "adapterkit.operations.sources",
     "merge": "adapterkit.operations.merge",
     "open": "adapterkit.operations.sources",
     "plan_conversion": "adapterkit.operations.convert",
+    "plan_extraction": "adapterkit.operations.extract",
     "plan_merge": "adapterkit.operations.merge",
     "plan_slice": "adapterkit.operations.slice",
+    "resizable": "adapterkit.operations.resize",
+    "resize": "adapterkit.operations.resize",
     "save": "adapterkit.operations.convert",
     "slice": "adapterkit.operations.slice",
 }

@@ -90,6 +90,19 @@ class RankRule:
         return max(self.least, min(known)) if known else None
 
     @property
+    def label(self) -> str:
+        """It as a part of a file's name: rank16, conv8-linear16, energy0.99, 50MB, auto, exact."""
+        if self.size is not None:
+            power = max(power for power in range(4) if self.size % 1000**power == 0)
+            return f"{self.size // 1000**power}{('B', 'kB', 'MB', 'GB')[power]}"
+        if isinstance(self.rank, Mapping):
+            return "-".join(f"{layer}{rank}" for layer, rank in self.rank.items())
+        for name in ("rank", "energy", "error"):
+            if (value := getattr(self, name)) is not None:
+                return f"{name}{value:g}"
+        return AUTO if self.auto else "exact"
+
+    @property
     def facts(self) -> dict[str, Json]:
         """What was given, for JSON and for the metadata of the result."""
         found: dict[str, Json] = {}

@@ -152,8 +152,17 @@ class Reduction:
     @property
     def error(self) -> float:
         """The relative Frobenius error over all parts together, before rounding."""
-        total = math.fsum(part.decomposition.energy for part in self.parts.values())
-        beyond = math.fsum(part.left_out(self.ranks[place]) for place, part in self.parts.items())
+        return self._error(dict.fromkeys(self.parts, 1.0))
+
+    @property
+    def weighted_error(self) -> float:
+        """The same with each part's weight, as rules of error and energy count it."""
+        return self._error({place: part.weight for place, part in self.parts.items()})
+
+    def _error(self, weights: Mapping[Place, float]) -> float:
+        parts = self.parts.items()
+        total = math.fsum(weights[place] * part.decomposition.energy for place, part in parts)
+        beyond = math.fsum(weights[place] * part.left_out(self.ranks[place]) for place, part in parts)
         return math.sqrt(min(1.0, beyond / total)) if total else 0.0
 
     @property
