@@ -89,7 +89,7 @@ def _iterated(
         if _settled(captured, energy, tolerance, torch.finfo(flat.dtype).eps / 10):
             left = basis @ turn[:, :rank].to(basis)
             if energy - captured[-1] < _FAINT * energy or tolerance <= _EXACT:
-                return _by_rows(flat, _orthonormal(wide(left)))
+                return _refined(flat, _orthonormal(wide(left)))
             right = (image @ (turn * lengths)[:, :rank].to(image)).T
             return squares[:rank].sqrt(), left, right
         # The shift is safe below half the least eigenvalue that the subspace can follow; those found
@@ -107,7 +107,8 @@ def _settled(captured: list[float], energy: float, tolerance: float, rounding: f
     if len(captured) < 3:
         return False
     before, last = captured[-2] - captured[-3], captured[-1] - captured[-2]
-    ratio = max(_SLOWEST, last / before) if before > 0 else _SLOWEST
+    # Where the spectrum is flat, gains shrink ever more slowly: half the way to not at all is allowed for.
+    ratio = max(_SLOWEST, (1.0 + last / before) / 2) if before > 0 else _SLOWEST
     if ratio >= 1.0:
         return last <= rounding * energy
     remaining = last * ratio / (1.0 - ratio)
@@ -147,15 +148,26 @@ def _by_gram(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     for block in _blocks(flat):
         numbers = wide(block)
         gram = gram.to(numbers) + numbers @ numbers.T
-    return _by_rows(flat, eigh(gram)[1][:, :rank])
+    left = eigh(gram)[1][:, :rank]
+    return _by_lengths(flat, left, _projected(flat, left))
 
 
-def _by_rows(flat: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the leading left vectors, in float64, by the lengths of the rows of leftᵀ flat.
+def _refined(flat: Tensor, left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same within the space of orthonormal columns (a, rank), in float64."""
+    right = _projected(flat, left)
+    turn = eigh(_gram(right.T))[1].to(left)
+    return _by_lengths(flat, left @ turn, turn.T @ right)
+
+
+def _projected(flat: Tensor, left: Tensor) -> Tensor:
+    return torch.cat([left.T @ wide(block) for block in _blocks(flat)], dim=1)
+
+
+def _by_lengths(flat: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from left vectors and right = leftᵀ flat, whose rows are as long as the values are large.
 
     A length keeps digits that the root of an eigenvalue has lost.
     """
-    right = torch.cat([left.T @ wide(block) for block in _blocks(flat)], dim=1)
     values, order = torch.linalg.vector_norm(right, dim=1).sort(descending=True, stable=True)
     values = torch.where(values > flat.shape[1] * 1e-16 * values[0], values, 0.0)
     left, right = left[:, order] * (values > 0), inverses(values)[:, None] * right[order]

@@ -7,10 +7,13 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapterkit.linalg.decomposition import Decomposition
 
+# Steps of an integral.
+_PARTS = 20000
 # Numbers that are looked at together.
 _BLOCK = 2**22
 
@@ -28,7 +31,7 @@ def rounding_noise(tensor: Tensor) -> float:
     total = 0.0
     for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
         numbers = block.cpu() if block.dtype == torch.float64 else block.cpu().float()
-        exponents = torch.frexp(numbers).exponent
+        exponents = torch.where(numbers == 0, least, torch.frexp(numbers).exponent)
         total += float(torch.exp2(2.0 * exponents.clamp_min(least).double()).sum())
     # frexp's fraction is in [1/2, 1): a number with exponent e lies on a grid of eps · 2^(e - 1).
     return facts.eps / 2 * math.sqrt(total / tensor.numel() / 12)
@@ -60,9 +63,14 @@ def noise_deviation(decomposition: Decomposition) -> float:
 def _median(ratio: float) -> float:
     """The median of Marchenko and Pastur's distribution for a matrix of `ratio` = short / long sides."""
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    # x = the middle of both ends plus a cosine takes the root's steep ends out of the integral.
-    angle = np.linspace(math.pi, 0.0, 20001)
-    x = (low + high) / 2 + (high - low) / 2 * np.cos(angle)
-    density = np.sin(angle) ** 2 / np.maximum(x, 1e-300)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.interp(mass[-1] / 2, mass, x))
+    # x = the middle of both ends plus a cosine takes the root's steep ends out of the integral; the
+    # middles of its steps keep off zero, by which the density divides.
+    ends = np.linspace(math.pi, 0.0, _PARTS + 1)
+    middles = (ends[1:] + ends[:-1]) / 2
+    mass = np.cumsum(np.sin(middles) ** 2 / _between(low, high, middles))
+    return float(np.interp(mass[-1] / 2, mass, _between(low, high, ends[1:])))
+
+
+def _between(low: float, high: float, angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    places: NDArray[np.float64] = (low + high) / 2 + (high - low) / 2 * np.cos(angles)
+    return places
