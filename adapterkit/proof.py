@@ -52,19 +52,18 @@ def _squares(
         return square, square if one is not None else 0.0
     if one.needs_base or two.needs_base:
         return _on_base(one, two, base(place) if base and place else None)
-    size = _size(one)
-    if not math.isfinite(size):
-        return (0.0, 0.0) if not math.isfinite(_size(two)) else (math.inf, 0.0)
-    if deltas.identical(one, two):
-        return 0.0, size
     left, right = _factors(one), _factors(two)
     if left is None or right is None:
-        dense = (_flat(change) for change in (one, two))
-        return float((next(dense) - next(dense)).square().sum()), size
-    up = torch.cat([left[0], -right[0]], dim=1)
-    down = torch.cat([left[1], right[1]])
-    # The sum of all its entries: rounding can leave a little less than nothing.
-    return max(0.0, product_inner(up, down, up, down)), size
+        first, second = _flat(one), _flat(two)
+        size, other = float(first.square().sum()), float(second.square().sum())
+        difference = float(first.sub_(second).square().sum())
+    else:
+        size, other = product_inner(*left, *left), product_inner(*right, *right)
+        # Rounding can leave a little less than nothing.
+        difference = max(0.0, size - 2 * product_inner(*left, *right) + other)
+    if not math.isfinite(size):
+        return (math.inf if math.isfinite(other) else 0.0), 0.0
+    return (0.0 if deltas.identical(one, two) else difference), size
 
 
 def _on_base(one: Change, two: Change, weight: Tensor | None) -> tuple[float, float]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import fsum
 from typing import Literal, TypeVar
 
@@ -141,10 +142,9 @@ class Spectrum:
 
     def left_out(self, rank: int) -> float:
         """The weighted squared error of keeping `rank` values."""
-        beyond = max(0.0, self.energy - fsum(value * value for value in self.values))
-        if len(self.values) >= self.full:
-            beyond = 0.0
-        return self.weight * (fsum(value * value for value in self.values[rank:]) + beyond)
+        known = [value * value for value in self.values]
+        beyond = max(0.0, self.energy - fsum(known)) if len(known) < self.full else 0.0
+        return self.weight * (fsum(known[rank:]) + beyond)
 
 
 def allocate(spectra: Mapping[K, Spectrum], rule: RankRule, *, fixed: int = 0) -> dict[K, int]:
@@ -157,27 +157,35 @@ def allocate(spectra: Mapping[K, Spectrum], rule: RankRule, *, fixed: int = 0) -
     cannot be met within these bounds is met as nearly as they allow.
     Raises UsageError for a size that not even the least ranks fit into.
     """
-    caps = {key: _cap(spectrum, rule) for key, spectrum in spectra.items()}
-    floors = {key: min(rule.least, cap) for key, cap in caps.items()}
-    if rule.auto:
-        above = {key: _above_noise(spectrum) for key, spectrum in spectra.items()}
-        return {key: min(caps[key], max(floors[key], count)) if count else 0 for key, count in above.items()}
+    ranks = _allocated(list(spectra.values()), rule, fixed)
+    return dict(zip(spectra, ranks, strict=True))
+
+
+def _allocated(spectra: Sequence[Spectrum], rule: RankRule, fixed: int) -> Sequence[int]:
+    caps = [_cap(spectrum, rule) for spectrum in spectra]
+    floors = [min(rule.least, cap) for cap in caps]
     if rule.size is not None:
         return _within_size(spectra, rule.size - fixed, floors, caps, fixed)
     if rule.error is not None or rule.energy is not None:
         share = rule.error**2 if rule.error is not None else 1 - (rule.energy or 0)
         return _within_error(spectra, share, floors, caps)
-    return {key: min(caps[key], max(floors[key], _named(s, rule))) for key, s in spectra.items()}
+    choice = _above_noise if rule.auto else partial(_named, rule)
+    chosen = [choice(spectrum) for spectrum in spectra]
+    # By `auto` nothing may be left of a module, whatever the least rank.
+    return [
+        min(cap, max(floor, rank)) if rank else 0
+        for floor, cap, rank in zip(floors, caps, chosen, strict=True)
+    ]
 
 
 def cost_of(spectra: Mapping[K, Spectrum], ranks: Mapping[K, int]) -> int:
     """The bytes that these ranks take in the file."""
-    return sum(spectra[key].cost * rank for key, rank in ranks.items())
+    return _cost(map(spectra.__getitem__, ranks), ranks.values())
 
 
 def left_out(spectra: Mapping[K, Spectrum], ranks: Mapping[K, int]) -> float:
     """The weighted squared error of these ranks, all modules together."""
-    return fsum(spectra[key].left_out(rank) for key, rank in ranks.items())
+    return _left_out(map(spectra.__getitem__, ranks), ranks.values())
 
 
 def _cap(spectrum: Spectrum, rule: RankRule) -> int:
@@ -185,7 +193,7 @@ def _cap(spectrum: Spectrum, rule: RankRule) -> int:
     return known if rule.most is None else min(known, rule.most)
 
 
-def _named(spectrum: Spectrum, rule: RankRule) -> int:
+def _named(rule: RankRule, spectrum: Spectrum) -> int:
     if isinstance(rule.rank, int):
         return rule.rank
     return (rule.rank or {}).get(spectrum.layer, spectrum.full)
@@ -197,42 +205,42 @@ def _above_noise(spectrum: Spectrum) -> int:
 
 
 def _in_order(
-    spectra: Mapping[K, Spectrum], floors: Mapping[K, int], caps: Mapping[K, int]
-) -> Iterator[tuple[K, float]]:
-    """Every value above the floors, by what it saves per byte: (module, what it saves)."""
-    row = [
-        (spectrum.weight * value * value / max(spectrum.cost, 1), -index, key)
-        for index, (key, spectrum) in enumerate(spectra.items())
-        for value in spectrum.values[floors[key] : caps[key]]
-    ]
-    # Equal savings go to the module that comes first, whose values are then equal as well.
-    row.sort(key=lambda entry: entry[:2], reverse=True)
-    for saving, _, key in row:
-        yield key, saving * max(spectra[key].cost, 1)
+    spectra: Sequence[Spectrum], floors: Sequence[int], caps: Sequence[int]
+) -> list[tuple[float, int]]:
+    """Every value above the floors, by what it saves per byte: (what it saves, module)."""
+    row = []
+    for index, spectrum in enumerate(spectra):
+        cost, weight = max(spectrum.cost, 1), spectrum.weight
+        for value in spectrum.values[floors[index] : caps[index]]:
+            saving = weight * value * value
+            # Equal savings go to the module that comes first, whose values are then equal as well.
+            row.append((-saving / cost, index, saving))
+    row.sort()
+    return [(saving, index) for _, index, saving in row]
 
 
 def _within_error(
-    spectra: Mapping[K, Spectrum], share: float, floors: Mapping[K, int], caps: Mapping[K, int]
-) -> dict[K, int]:
+    spectra: Sequence[Spectrum], share: float, floors: Sequence[int], caps: Sequence[int]
+) -> Sequence[int]:
     """The least ranks, in order of saving per byte, that leave out this share of the squared error."""
-    ranks = dict(floors)
-    permitted = share * fsum(spectrum.weight * spectrum.energy for spectrum in spectra.values())
-    row = list(_in_order(spectra, floors, caps))
+    ranks = list(floors)
+    permitted = share * fsum(spectrum.weight * spectrum.energy for spectrum in spectra)
+    row = _in_order(spectra, floors, caps)
     # From the end, so that small numbers are added up among themselves.
-    remaining = left_out(spectra, caps)
-    while row and remaining + row[-1][1] <= permitted:
-        remaining += row.pop()[1]
-    for key, _ in row:
-        ranks[key] += 1
+    remaining = _left_out(spectra, caps)
+    while row and remaining + row[-1][0] <= permitted:
+        remaining += row.pop()[0]
+    for _, index in row:
+        ranks[index] += 1
     return ranks
 
 
 def _within_size(
-    spectra: Mapping[K, Spectrum], budget: int, floors: Mapping[K, int], caps: Mapping[K, int], fixed: int
-) -> dict[K, int]:
+    spectra: Sequence[Spectrum], budget: int, floors: Sequence[int], caps: Sequence[int], fixed: int
+) -> Sequence[int]:
     """The ranks that leave out least within `budget` bytes, but for less than one more value."""
-    ranks = dict(floors)
-    least = cost_of(spectra, floors)
+    ranks = list(floors)
+    least = _cost(spectra, floors)
     if least > budget:
         raise UsageError(
             f"{budget + fixed} bytes are too few: the least ranks take {least + fixed}",
@@ -241,28 +249,38 @@ def _within_size(
             details={"size": budget + fixed, "smallest": least + fixed},
         )
     spare = budget - least
-    for key, _ in _in_order(spectra, floors, caps):
+    for _, index in _in_order(spectra, floors, caps):
         # A module whose next value does not fit has no smaller one: its columns are of one size.
-        if spectra[key].cost <= spare:
-            ranks[key] += 1
-            spare -= spectra[key].cost
-    return min(ranks, _same_for_all(spectra, budget, floors, caps), key=lambda one: left_out(spectra, one))
+        cost = spectra[index].cost
+        if cost <= spare:
+            ranks[index] += 1
+            spare -= cost
+    same = _same_for_all(spectra, budget, floors, caps)
+    return min(ranks, same, key=lambda one: _left_out(spectra, one))
 
 
 def _same_for_all(
-    spectra: Mapping[K, Spectrum], budget: int, floors: Mapping[K, int], caps: Mapping[K, int]
-) -> dict[K, int]:
+    spectra: Sequence[Spectrum], budget: int, floors: Sequence[int], caps: Sequence[int]
+) -> Sequence[int]:
     """The greatest rank for all modules that fits.
 
     Where large columns leave a gap at the end, it can be a little better than taking them in order.
     """
 
-    def ranks(same: int) -> dict[K, int]:
-        return {key: min(caps[key], max(floors[key], same)) for key in spectra}
+    def ranks(same: int) -> list[int]:
+        return [min(cap, max(floor, same)) for floor, cap in zip(floors, caps, strict=True)]
 
-    tried = range(1, max(caps.values(), default=0) + 1)
-    above = bisect_left(tried, True, key=lambda same: cost_of(spectra, ranks(same)) > budget)
+    tried = range(1, max(caps, default=0) + 1)
+    above = bisect_left(tried, True, key=lambda same: _cost(spectra, ranks(same)) > budget)
     return ranks(above)
+
+
+def _cost(spectra: Iterable[Spectrum], ranks: Iterable[int]) -> int:
+    return sum(spectrum.cost * rank for spectrum, rank in zip(spectra, ranks, strict=True))
+
+
+def _left_out(spectra: Iterable[Spectrum], ranks: Iterable[int]) -> float:
+    return fsum(spectrum.left_out(rank) for spectrum, rank in zip(spectra, ranks, strict=True))
 
 
 def parse_rank(text: str) -> int | dict[str, int] | Literal["auto"]:

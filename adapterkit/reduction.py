@@ -20,6 +20,7 @@ from adapterkit.deltas import Change, EmbeddingLowRank, LowRank
 from adapterkit.derived import derived
 from adapterkit.errors import Json
 from adapterkit.linalg.decomposition import Decomposition
+from adapterkit.linalg.pool import each
 from adapterkit.metadata import output_metadata
 from adapterkit.peft_config import component_config
 from adapterkit.plan import Options, Plan, make_plan
@@ -234,16 +235,13 @@ class _Fitting:
         return part.dtype or stored_dtype(self.adapter.changes.get(place, ()))
 
     def at(self, ranks: Mapping[Place, int]) -> tuple[Plan, Reduction]:
-        changes = {place: self._change(place, rank) for place, rank in ranks.items() if rank}
+        wanted = {place: rank for place, rank in ranks.items() if rank}
+        missing = [place for place, rank in wanted.items() if self.made.get(place, (0, None))[0] != rank]
+        made = each(lambda place: self.parts[place].change(wanted[place], self.dtypes[place]), missing)
+        self.made |= {place: (wanted[place], one) for place, one in zip(missing, made, strict=True)}
+        changes = {place: self.made[place][1] for place in wanted}
         plan = make_plan(self._adapter(changes), self.target, self.options)
         return plan, Reduction(self.parts, ranks, changes, self.dtypes, file_size(plan))
-
-    def _change(self, place: Place, rank: int) -> Change:
-        known, change = self.made.get(place, (0, None))
-        if change is None or known != rank:
-            change = self.parts[place].change(rank, self.dtypes[place])
-            self.made[place] = (rank, change)
-        return change
 
     def _adapter(self, changes: Mapping[Place, Change]) -> Adapter:
         every: dict[Place, tuple[Change, ...]] = dict(self.adapter.changes)
