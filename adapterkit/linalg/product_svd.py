@@ -43,10 +43,17 @@ def product_svd(up: Tensor, down: Tensor, most: int | None = None) -> Decomposit
     return factored_svd(lambda: (up, down), most)
 
 
-def factored_svd(factors: Factors, most: int | None = None) -> Decomposition:
-    """`product_svd` of factors that are made when they are needed, and not kept in between."""
-    up, down = _narrow(*factors())
-    return _decomposition(factors, up, down, *_grams(up, down), most)
+def factored_svd(
+    factors: Factors, most: int | None = None, known: tuple[Tensor, Tensor] | None = None
+) -> Decomposition:
+    """`product_svd` of factors that are made when they are needed, and not kept in between.
+
+    known: their `grams`, where the caller has them already.
+    """
+    given = factors()
+    up, down = _narrow(*given)
+    rows, columns = known if known is not None and up is given[0] else grams(up, down)
+    return _decomposition(factors, up, down, rows, columns, most)
 
 
 def product_svds(pairs: Sequence[tuple[Tensor, Tensor]], most: int | None = None) -> list[Decomposition]:
@@ -64,7 +71,7 @@ def _together(pairs: Sequence[tuple[Tensor, Tensor]], most: int | None) -> list[
     found: dict[int, Decomposition] = {}
     for places in _batches(pairs):
         ups, downs = (torch.stack(side) for side in zip(*(_narrow(*pairs[p]) for p in places), strict=True))
-        rows, columns = (gram.cpu() for gram in _grams(ups, downs))
+        rows, columns = (gram.cpu() for gram in grams(ups, downs))
         cores = list(zip(places, ups, downs, rows, columns, strict=True))
         made = each(lambda core: _decomposition(lambda: pairs[core[0]], *core[1:], most), cores)
         found.update(zip(places, made, strict=True))
@@ -92,7 +99,7 @@ def _narrow(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return (eye, whole) if rows <= columns else (whole, eye)
 
 
-def _grams(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def grams(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """upᵀ up and down downᵀ (…, r, r) in float64."""
     return _gram(wide(up)), _gram(wide(down).mT)
 

@@ -42,15 +42,23 @@ def elected(weighted: Sequence[Tensor], strengths: Sequence[float], divide: Divi
     result is the mean weighted by the sizes of the strengths; with all of them equal that is the
     disjoint mean of the paper.
     """
-    winner = torch.stack(list(weighted)).sum(dim=0).sign_() if len(weighted) > 1 else weighted[0].sign()
+    winner = sum_of(weighted).sign()
     total, share = torch.zeros_like(winner), torch.zeros_like(winner)
     for one, strength in zip(weighted, strengths, strict=True):
         agrees = (one.sign() == winner) & (one != 0)
         total += torch.where(agrees, one, 0.0)
-        share += agrees * (abs(strength) if divide == "strengths" else 1.0)
+        share += agrees.to(share) * (abs(strength) if divide == "strengths" else 1.0)
     if divide == "nothing":
         return total
     return torch.where(share > 0, total / share, 0.0)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Of tensors of one shape, in their order; the very tensor where there is one."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
 def _generator(seed: int, name: str, key: str) -> torch.Generator:
@@ -85,6 +93,4 @@ def combined(
         sparsify(value, settings.density, _generator(settings.seed, name, key)) * strength
         for value, strength, name in zip(values, strengths, names, strict=True)
     ]
-    if not elects:
-        return torch.stack(weighted).sum(dim=0) if len(weighted) > 1 else weighted[0]
-    return elected(weighted, strengths, settings.divide)
+    return elected(weighted, strengths, settings.divide) if elects else sum_of(weighted)

@@ -102,13 +102,16 @@ def inner_products(tasks: Sequence[Task]) -> Tensor:
     ⟨B_s A_s, B_t A_t⟩ = ⟨B_sᵀ B_t, A_s A_tᵀ⟩: no delta is formed. In float32, which is enough for
     what people read.
     """
-    up = torch.cat([task.up.float() * task.scale for task in tasks], dim=1)
-    down = torch.cat([task.down.float() for task in tasks])
-    products = (up.T @ up).double() * (down @ down.T).double()
-    owners = torch.repeat_interleave(
-        torch.eye(len(tasks), dtype=torch.float64, device=up.device),
-        torch.tensor([task.rank for task in tasks], device=up.device),
-        dim=0,
-    )
-    gram: Tensor = (owners.T @ products @ owners).cpu()
+    ups = [task.up.float() for task in tasks]
+    downs = [task.down.float() for task in tasks]
+    ranks = [task.rank for task in tasks]
+    gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    for first, task in enumerate(tasks):
+        # One multiplication for all that are left: the Gram matrix is symmetric.
+        rows = ups[first].T @ torch.cat(ups[first:], dim=1)
+        columns = downs[first] @ torch.cat(downs[first:]).T
+        sums = (rows.double() * columns).sum(dim=0).cpu()
+        for second, part in enumerate(torch.split(sums, ranks[first:]), first):
+            product = float(part.sum()) * task.scale * tasks[second].scale
+            gram[first, second] = gram[second, first] = product
     return gram

@@ -18,12 +18,13 @@ from adapterkit.linalg.decomposition import Decomposition
 from adapterkit.linalg.dense_svd import dense_svd
 from adapterkit.linalg.pool import each
 from adapterkit.linalg.product_svd import factored_svd
-from adapterkit.merging.elementwise import combined
+from adapterkit.merging.elementwise import combined, sum_of
 from adapterkit.merging.inputs import Contribution, Input, contributions, natives, places
 from adapterkit.merging.interference import Interference, Meeting, inner_products
 from adapterkit.merging.methods import Method
 from adapterkit.merging.settings import Settings
 from adapterkit.merging.spectral import isotropic, scaled
+from adapterkit.merging.stacks import Stack
 from adapterkit.merging.sums import agreed, summed
 from adapterkit.merging.tasks import Task, task_of
 from adapterkit.ranks import CONV, LINEAR
@@ -32,12 +33,16 @@ from adapterkit.specs.families import Family, Place
 
 Progress = Callable[[str, int, int], None]
 
+# Above this share of the short side; as in `adapterkit.decompose`.
+_MANY_RANKS = 0.4
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """All that a merge was asked for.
 
-    most: the greatest rank that can be wanted, if that is known.  truncates: whether a rank rule holds.
+    truncates: whether a rank rule holds.  most: the greatest rank that can be wanted, if that is known.
+    settled: whether every module gets that rank, or as much of it as it has.
     dtype: of the output's factors; None for the widest of what is added.
     base: the base model, for changes that depend on it.
     """
@@ -47,6 +52,7 @@ class Recipe:
     settings: Settings
     truncates: bool = False
     most: int | None = None
+    settled: bool = False
     dtype: torch.dtype | None = None
     allow: frozenset[str] = frozenset()
     base: Checkpoint | None = None
@@ -101,18 +107,21 @@ def merged(recipe: Recipe, progress: Progress | None = None) -> Merged:
         if progress is not None:
             progress("merging", count, len(every))
 
-    found = each(lambda place: made_at(recipe, place), every, finished)
+    # The largest first: no thread is left alone with a large one at the end.
+    order = sorted(every, key=lambda place: -_work(recipe, place))
+    found = dict(zip(order, each(lambda place: made_at(recipe, place), order, finished), strict=True))
     meeting = Meeting([one.name for one in recipe.inputs])
     damaged = []
-    for place, made in zip(every, found, strict=True):
+    for place in every:
+        made = found[place]
         if not made.finite:
             damaged.append(names.get(place, place.span[0].module))
         elif made.gram is not None:
             block = block_of(recipe.family, place.component, place.span[0].module)
             meeting.add(block, made.tasks, made.gram)
     return Merged(
-        {place: made.changes for place, made in zip(every, found, strict=True) if made.changes},
-        {place: made.part for place, made in zip(every, found, strict=True) if made.part},
+        {place: found[place].changes for place in every if found[place].changes},
+        {place: part for place in every if (part := found[place].part)},
         meeting.result(),
         tuple(damaged),
     )
@@ -127,24 +136,28 @@ def made_at(recipe: Recipe, place: Place) -> Made:
     if not tasks:
         return Made(_other(recipe, place, found), None, (), None)
     _require_one_shape(found, tasks)
-    gram = inner_products(tasks)
+    stack = Stack(tasks)
+    decomposes = _decomposes(recipe, tasks)
+    sums = decomposes and recipe.method.way == "sum"
+    gram = stack.inner_products() if sums else inner_products(tasks)
     finite = bool(gram.isfinite().all())
     if not finite:
         _require_consent(recipe, found, tasks)
-    if not finite or not _decomposes(recipe, tasks):
+    if not finite or not decomposes:
         return Made(_total(recipe, found), None, tasks, gram)
     part = Part(
-        decomposition=_decomposed(recipe, place, tasks),
+        decomposition=_decomposed(recipe, place, tasks, stack),
         shape=_shape(found),
         embedding=all(isinstance(c, EmbeddingLowRank) for one in found for c in one.changes),
         dtype=recipe.dtype or _stored(found),
     )
+    stack.release()
     return Made((), part, tasks, gram)
 
 
 def wanted_at(recipe: Recipe, place: Place) -> tuple[Change, ...]:
     """What the method asks for at a place, in float32, before ranks are cut and factors rounded."""
-    wide = replace(recipe, dtype=torch.float32, truncates=False, most=None)
+    wide = replace(recipe, dtype=torch.float32, truncates=False, most=None, settled=False)
     if recipe.method.way == "sum" and recipe.method.name != "iso-c":
         found = [_prepared(wide, place, one) for one in contributions(wide.inputs, place)]
         return _total(wide, found)
@@ -168,6 +181,10 @@ def largest_ranks(recipe: Recipe) -> dict[str, int]:
     return found
 
 
+def _work(recipe: Recipe, place: Place) -> int:
+    return sum(math.prod(c.shape) for one in contributions(recipe.inputs, place) for c in one.changes)
+
+
 def _prepared(recipe: Recipe, place: Place, one: Contribution) -> Contribution:
     """The contribution without magnitudes by consent, or as a plain delta where there is a base."""
     if "magnitude" in recipe.allow:
@@ -179,7 +196,7 @@ def _prepared(recipe: Recipe, place: Place, one: Contribution) -> Contribution:
     if weight is None:
         return one
     with located(one.where):
-        total = torch.stack([change.dense(weight.float()) for change in one.changes]).sum(dim=0)
+        total = sum_of([change.dense(weight.float()) for change in one.changes])
     return replace(one, changes=(Whole(total),))
 
 
@@ -213,30 +230,34 @@ def _total_rank(tasks: Sequence[Task]) -> int:
     return sum(task.rank for task in tasks)
 
 
-def _decomposed(recipe: Recipe, place: Place, tasks: Sequence[Task]) -> Decomposition:
+def _decomposed(recipe: Recipe, place: Place, tasks: Sequence[Task], stack: Stack) -> Decomposition:
     method, settings = recipe.method, recipe.settings
     if method.way == "numbers":
         return _dense(_numbers(recipe, place, tasks), recipe.most)
     if method.factored is not None:
         found = method.factored(tasks, settings, key_of(place), recipe.most)
     elif method.name == "iso-c":
-        found = isotropic(_sum(tasks, None))
+        found = isotropic(_sum(recipe, tasks, stack, None))
     else:
-        found = _sum(tasks, recipe.most)
+        found = _sum(recipe, tasks, stack, recipe.most)
     return scaled(found, settings.strength)
 
 
-def _sum(tasks: Sequence[Task], most: int | None) -> Decomposition:
-    """Of the weighted sum: through the factors, which are put side by side when they are needed."""
-    if _total_rank(tasks) >= min(tasks[0].up.shape[0], tasks[0].down.shape[1]):
-        total = torch.stack([task.dense() * task.strength for task in tasks]).sum(dim=0)
-        return _dense(total, most)
+def _sum(recipe: Recipe, tasks: Sequence[Task], stack: Stack, most: int | None) -> Decomposition:
+    """Of the weighted sum, through the factors.
 
-    def factors() -> tuple[Tensor, Tensor]:
-        ups = [task.up.double() * (task.scale * task.strength) for task in tasks]
-        return torch.cat(ups, dim=1), torch.cat([task.down.double() for task in tasks])
-
-    return factored_svd(factors, most)
+    Where they have many ranks for the matrix and few are wanted, looking for those in the matrix itself
+    takes less time than the core of the factors.
+    """
+    short, rank = min(tasks[0].up.shape[0], tasks[0].down.shape[1]), _total_rank(tasks)
+    if most is not None and rank > max(_MANY_RANKS * short, 2 * most):
+        return _dense(sum_of([task.dense() * task.strength for task in tasks]), most)
+    found = factored_svd(stack.factors, most, stack.grams)
+    if recipe.settled and most is not None:
+        # All vectors will be wanted: they are made while the factors are there.
+        u, vt = (part.float() for part in found.vectors(found.rank))
+        found = replace(found, vectors=lambda rank: (u[:, :rank], vt[:rank]))
+    return found
 
 
 def _dense(matrix: Tensor, most: int | None) -> Decomposition:
@@ -279,7 +300,7 @@ def _other(recipe: Recipe, place: Place, found: Sequence[Contribution]) -> tuple
 
 
 def _vector(recipe: Recipe, place: Place, found: Sequence[Contribution], method: str) -> Whole:
-    values = [torch.stack([change.dense() for change in one.changes]).sum(dim=0) for one in found]
+    values = [sum_of([change.dense() for change in one.changes]) for one in found]
     strengths, names = [one.strength for one in found], [one.name for one in found]
     made = combined(values, strengths, names, key_of(place), method, recipe.settings)
     return Whole(made * recipe.settings.strength)

@@ -293,7 +293,7 @@ def _with_rule(recipe: Recipe, rule: RankRule) -> tuple[Recipe, RankRule]:
     if not given and not recipe.method.exact:
         rule = replace(rule, rank=largest_ranks(recipe))
     truncates = given or rule.most is not None
-    return replace(recipe, truncates=truncates, most=rule.highest), rule
+    return replace(recipe, truncates=truncates, most=rule.highest, settled=rule.rank is not None), rule
 
 
 def _whole(

@@ -1,0 +1,329 @@
+"""Every method of merging against its paper, written out on whole float64 matrices with NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from adapterkit.cli import merge as command
+from adapterkit.errors import UsageError
+from adapterkit.linalg.product_svd import product_svd
+from adapterkit.merging import METHODS, Settings
+from adapterkit.merging.elementwise import combined
+from adapterkit.merging.interference import Meeting, inner_products
+from adapterkit.merging.spectral import core, isotropic, knots, tsv
+from adapterkit.merging.tasks import Task
+
+Array = np.ndarray
+
+
+def make(*ranks: int, shape: tuple[int, int] = (24, 18), strengths: Sequence[float] = (0.8, -0.3, 0.5)):
+    """Tasks of random factors; scale and strength are no powers of two."""
+    generator = torch.Generator().manual_seed(sum(ranks) + shape[0])
+    return [
+        Task(
+            f"adapter {index}",
+            torch.randn(shape[0], rank, generator=generator),
+            torch.randn(rank, shape[1], generator=generator),
+            0.3 + index,
+            strengths[index],
+        )
+        for index, rank in enumerate(ranks)
+    ]
+
+
+def delta(task: Task) -> Array:
+    return (task.up.double() @ task.down.double()).numpy() * task.scale
+
+
+def dense(found) -> Array:
+    up, down = found.factors(found.rank)
+    return (up.double() @ down.double()).numpy()
+
+
+def close(ours: Array, theirs: Array, tolerance: float = 2e-6) -> None:
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+# --- the papers -----------------------------------------------------------------------------------
+
+
+def paper_trim(values: Array, density: float) -> Array:
+    kept = int(density * values.size)
+    largest = np.argsort(-np.abs(values).ravel())[:kept]
+    mask = np.zeros(values.size, bool)
+    mask[largest] = True
+    return values * mask.reshape(values.shape)
+
+
+def paper_elect(weighted: Sequence[Array], weights: Sequence[float]) -> Array:
+    sign = np.sign(sum(weighted))
+    total, share = np.zeros_like(sign), np.zeros_like(sign)
+    for index in np.ndindex(sign.shape):
+        for values, weight in zip(weighted, weights, strict=True):
+            if values[index] != 0 and np.sign(values[index]) == sign[index]:
+                total[index] += values[index]
+                share[index] += abs(weight)
+    return np.divide(total, share, out=np.zeros_like(total), where=share > 0)
+
+
+def paper_ties(values: Sequence[Array], weights: Sequence[float], density: float) -> Array:
+    weighted = [w * paper_trim(v, density) for v, w in zip(values, weights, strict=True)]
+    return paper_elect(weighted, weights)
+
+
+def paper_knots(tasks: Sequence[Task], density: float) -> Array:
+    matrices = [delta(task) for task in tasks]
+    u, s, vt = np.linalg.svd(np.hstack(matrices), full_matrices=False)
+    kept = s > 1e-5
+    parts = np.split(s[kept, None] * vt[kept], len(tasks), axis=1)
+    return u[:, kept] @ paper_ties(parts, [t.strength for t in tasks], density)
+
+
+def paper_tsv(tasks: Sequence[Task]) -> Array:
+    lefts, rights, values = [], [], []
+    for task in tasks:
+        u, s, vt = np.linalg.svd(task.strength * delta(task), full_matrices=False)
+        kept = min(int((s > 1e-8 * s[0]).sum()), min(delta(task).shape) // len(tasks))
+        lefts.append(u[:, :kept])
+        rights.append(vt[:kept])
+        values.append(s[:kept])
+    p, _, q = np.linalg.svd(np.hstack(lefts), full_matrices=False)
+    r, _, t = np.linalg.svd(np.vstack(rights), full_matrices=False)
+    return (p @ q) @ np.diag(np.concatenate(values)) @ (r @ t)
+
+
+def paper_core(tasks: Sequence[Task], density: float) -> Array:
+    ups, downs = [], []
+    for task in tasks:
+        u, s, vt = np.linalg.svd(delta(task), full_matrices=False)
+        kept = s > 1e-8 * s[0]
+        ups.append(u[:, kept] * np.sqrt(s[kept]))
+        downs.append(np.sqrt(s[kept])[:, None] * vt[kept])
+    left = np.linalg.svd(np.hstack(ups), full_matrices=False)[0]
+    right = np.linalg.svd(np.vstack(downs), full_matrices=False)[2]
+    cores = [left.T @ up @ down @ right.T for up, down in zip(ups, downs, strict=True)]
+    return left @ paper_ties(cores, [t.strength for t in tasks], density) @ right
+
+
+def paper_iso(tasks: Sequence[Task]) -> Array:
+    u, s, vt = np.linalg.svd(sum(task.strength * delta(task) for task in tasks), full_matrices=False)
+    kept = s > 1e-8 * s[0]
+    return u[:, kept] @ vt[kept] * s[kept].mean()
+
+
+# --- against them ---------------------------------------------------------------------------------
+
+RANKS = [(4,), (4, 4), (2, 5), (3, 3, 3), (1, 2, 6)]
+SHAPES = [(24, 18), (18, 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_ties_is_the_papers(ranks, shape, density) -> None:
+    tasks = make(*ranks, shape=shape)
+    weights = [task.strength for task in tasks]
+    values = [delta(task) for task in tasks]
+    ours = combined(
+        [torch.from_numpy(v) for v in values], weights, ["x"] * len(tasks), "k", "ties", Settings(density)
+    )
+    close(ours.numpy(), paper_ties(values, weights, density), 1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_knots_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
+    tasks = make(*ranks, shape=shape)
+    close(dense(knots(tasks, Settings(0.4), "k")), paper_knots(tasks, 0.4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", [*RANKS, (12, 12, 12)])
+def test_tsv_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
+    tasks = make(*ranks, shape=shape)
+    close(dense(tsv(tasks, Settings(), "k")), paper_tsv(tasks))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_core_space_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
+    tasks = make(*ranks, shape=shape)
+    close(dense(core(tasks, Settings(0.4), "k")), paper_core(tasks, 0.4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_iso_c_is_the_papers_with_the_mean_over_values_that_are_not_zero(ranks, shape) -> None:
+    tasks = make(*ranks, shape=shape)
+    up = torch.cat([task.up.double() * task.scale * task.strength for task in tasks], dim=1)
+    found = isotropic(product_svd(up, torch.cat([task.down for task in tasks])))
+    close(dense(found), paper_iso(tasks))
+
+
+FACTORED: dict[str, Callable] = {"knots": knots, "tsv": tsv, "core": core}
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_how_a_delta_is_divided_between_its_factors_does_not_matter(name) -> None:
+    """The gauge: up / c and down · c, or any other basis of the ranks between, are the same adapter."""
+    tasks = make(4, 3)
+    mix = torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    first = tasks[0]
+    up, down = first.up.double() @ mix * 1e3, torch.linalg.solve(mix, first.down.double()) / 1e3
+    other = [Task(first.name, up, down, first.scale, first.strength), tasks[1]]
+    merge = FACTORED[name]
+    close(dense(merge(other, Settings(), "k")), dense(merge(tasks, Settings(), "k")), 1e-5)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_the_order_of_the_adapters_does_not_matter(name) -> None:
+    tasks = make(4, 3, 2)
+    merge, settings = FACTORED[name], Settings(0.5, inner="dare-ties", seed=7)
+    close(dense(merge(tasks[::-1], settings, "k")), dense(merge(tasks, settings, "k")), 1e-5)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_an_adapter_that_changes_nothing_and_one_that_is_there_twice_do_no_harm(name) -> None:
+    """Zero and dependent directions have no vectors of their own; nothing is made of their rounding."""
+    one, other = make(4, 3)
+    zero = Task("zero", other.up * 0, other.down, 1.0, 1.0)
+    settings = Settings(1.0)
+    merge = FACTORED[name]
+    close(dense(merge([one, zero], settings, "k")), dense(merge([one], settings, "k")), 1e-5)
+    again = Task("again", one.up, one.down, one.scale, one.strength)
+    noisy = Task("again", one.up.double() * (1 + 1e-15), one.down, one.scale, one.strength)
+    twice = dense(merge([one, again], settings, "k"))
+    close(dense(merge([one, noisy], settings, "k")), twice, 1e-5)
+    # Both methods of means give the adapter itself back; TSV shares its directions out.
+    close(twice, dense(merge([one], settings, "k")), 1e-5)
+
+
+def test_tsv_keeps_tasks_in_directions_of_their_own_as_they_are() -> None:
+    """Where nothing interferes, its result is the plain sum."""
+    q = torch.linalg.qr(torch.randn(24, 8, generator=torch.Generator().manual_seed(1))).Q
+    p = torch.linalg.qr(torch.randn(18, 8, generator=torch.Generator().manual_seed(2))).Q
+    tasks = [Task("a", q[:, :4], p[:, :4].T, 2.0, 0.7), Task("b", q[:, 4:], p[:, 4:].T, 1.0, -0.4)]
+    close(dense(tsv(tasks, Settings(), "k")), sum(t.strength * delta(t) for t in tasks))
+
+
+# --- what DARE drops ------------------------------------------------------------------------------
+
+
+def dare(values, name="a", key="k", seed=0, density=0.3):
+    return combined([values], [1.0], [name], key, "dare", Settings(density, seed=seed))
+
+
+def test_dare_keeps_its_share_and_divides_by_it() -> None:
+    values = torch.randn(200, 100, dtype=torch.float64)
+    found = dare(values)
+    kept = found != 0
+    assert abs(float(kept.double().mean()) - 0.3) < 0.02
+    assert torch.allclose(found[kept], values[kept] / 0.3)
+
+
+def test_the_mean_of_dare_over_seeds_is_the_delta() -> None:
+    values = torch.randn(10, 10, dtype=torch.float64)
+    mean = torch.stack([dare(values, seed=seed) for seed in range(3000)]).mean(dim=0)
+    assert float((mean - values).norm() / values.norm()) < 0.05
+
+
+def test_what_dare_drops_depends_on_seed_adapter_and_module_and_on_nothing_else() -> None:
+    values = torch.randn(30, 30)
+    assert torch.equal(dare(values), dare(values))
+    others = [dare(values, name="b"), dare(values, key="other"), dare(values, seed=1)]
+    assert all(not torch.equal(dare(values), other) for other in others)
+    settings = Settings(0.3)
+    pair = combined([values, -2 * values], [1.0, 0.5], ["a", "b"], "k", "dare", settings)
+    swapped = combined([-2 * values, values], [0.5, 1.0], ["b", "a"], "k", "dare", settings)
+    assert torch.allclose(pair, swapped) and torch.allclose(pair, dare(values) - dare(values, name="b"))
+
+
+def test_dare_ties_elects_among_what_dare_kept() -> None:
+    values = [torch.randn(20, 20, dtype=torch.float64) for _ in range(2)]
+    found = combined(values, [1.0, 2.0], ["a", "b"], "k", "dare-ties", Settings(0.5))
+    kept = [dare(v, name, density=0.5).numpy() for v, name in zip(values, "ab", strict=True)]
+    close(found.numpy(), paper_elect([kept[0], 2 * kept[1]], [1.0, 2.0]), 1e-12)
+
+
+def test_magnitude_pruning_is_the_sum_of_the_largest() -> None:
+    values = [torch.randn(20, 20, dtype=torch.float64) for _ in range(2)]
+    found = combined(values, [1.0, -2.0], ["a", "b"], "k", "magnitude", Settings(0.25))
+    close(found.numpy(), paper_trim(values[0].numpy(), 0.25) - 2 * paper_trim(values[1].numpy(), 0.25), 1e-12)
+
+
+# --- the ways to divide ---------------------------------------------------------------------------
+
+
+def ties(values, strengths, divide):
+    return combined(
+        [torch.tensor(v) for v in values],
+        strengths,
+        ["a", "b"][: len(values)],
+        "k",
+        "ties",
+        Settings(1.0, divide),
+    )
+
+
+def test_agreeing_numbers_are_averaged_by_strength_by_count_or_added() -> None:
+    values, strengths = [[1.0, -1.0], [3.0, 4.0]], [3.0, 1.0]
+    assert ties(values, strengths, "strengths").tolist() == [6.0 / 4, 4.0]
+    assert ties(values, strengths, "count").tolist() == [6.0 / 2, 4.0]
+    assert ties(values, strengths, "nothing").tolist() == [6.0, 4.0]
+
+
+def test_a_negative_strength_takes_an_adapter_away_and_never_turns_its_sign_back() -> None:
+    """Dividing by the sum of signed strengths would."""
+    assert ties([[2.0]], [-0.5], "strengths").tolist() == [-2.0]
+    assert ties([[1.0], [2.0]], [1.0, -1.0], "strengths").tolist() == [-2.0]
+
+
+def test_where_signs_are_in_balance_nobody_wins() -> None:
+    assert ties([[1.0, 2.0], [1.0, 2.0]], [1.0, -1.0], "strengths").tolist() == [0.0, 0.0]
+
+
+# --- settings, names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"density": 0.0}, {"density": 1.5}, {"strength": 0.0}, {"divide": "all"}, {"inner": "svd"}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings(**wrong)
+    assert caught.value.code == "merge-setting" and caught.value.hint
+
+
+def test_the_command_line_has_every_method() -> None:
+    assert tuple(METHODS) == command.METHODS
+
+
+# --- how adapters meet ----------------------------------------------------------------------------
+
+
+def test_inner_products_through_the_factors_are_those_of_the_deltas() -> None:
+    tasks = make(4, 3, 2)
+    flat = np.stack([delta(task).ravel() for task in tasks])
+    close(inner_products(tasks).numpy(), flat @ flat.T, 1e-5)
+
+
+def test_cosines_and_what_the_sum_keeps_are_those_of_the_deltas() -> None:
+    tasks, others = make(4, 3), make(2, 5, shape=(18, 40))
+    meeting = Meeting(["adapter 0", "adapter 1"])
+    for block, several in (("A", tasks), ("B", others), ("B", others[:1])):
+        meeting.add(block, several, inner_products(several))
+    found = meeting.result()
+    first = np.concatenate([delta(tasks[0]).ravel(), delta(others[0]).ravel(), delta(others[0]).ravel()])
+    second = np.concatenate([delta(tasks[1]).ravel(), delta(others[1]).ravel(), 0 * delta(others[0]).ravel()])
+    assert found.norms() == pytest.approx([np.linalg.norm(first), np.linalg.norm(second)], rel=1e-5)
+    assert found.cosine(0, 1) == pytest.approx(
+        first @ second / np.linalg.norm(first) / np.linalg.norm(second), abs=1e-5
+    )
+    apart = 0.64 * first @ first + 0.09 * second @ second
+    total = 0.8 * first - 0.3 * second
+    assert found.kept() == pytest.approx(total @ total / apart, rel=1e-5)
+    assert found.blocks == ("A", "B")
