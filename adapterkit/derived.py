@@ -38,7 +38,9 @@ def derived(
         scales={place: scale for place in kept if (scale := _scale(adapter, place, kept[place])) is not None},
         natives={**adapter.natives, **(natives or {})},
         keys={
-            place: keys for place, keys in adapter.keys.items() if kept.get(place) == adapter.changes[place]
+            place: keys
+            for place, keys in adapter.keys.items()
+            if place in kept and kept[place] == adapter.changes.get(place)
         },
         computed=True,
     )

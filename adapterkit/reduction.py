@@ -18,7 +18,7 @@ from torch import Tensor
 from adapterkit.adapter import Adapter, Receipt
 from adapterkit.deltas import Change, EmbeddingLowRank, LowRank
 from adapterkit.derived import derived
-from adapterkit.errors import Json
+from adapterkit.errors import Json, UsageError
 from adapterkit.linalg.decomposition import Decomposition
 from adapterkit.linalg.pool import each
 from adapterkit.metadata import output_metadata
@@ -200,14 +200,19 @@ def fitted(
         {**rule.facts, **(facts or {})},
         natives or {},
     )
-    plan, reduction = fitting.at(allocate(fitting.spectra, rule))
+    if rule.size is None:
+        return fitting.at(allocate(fitting.spectra, rule))
     fixed = 0
-    while rule.size is not None and reduction.size > rule.size:
+    while True:
+        try:
+            ranks = allocate(fitting.spectra, rule, fixed=fixed)
+        except UsageError:
+            return fitting.smallest(rule, rule.size)
+        plan, reduction = fitting.at(ranks)
+        if reduction.size <= rule.size:
+            return plan, reduction
         # What ranks do not pay for grows a little with their digits; never less than what was too much.
-        beside = reduction.size - cost_of(fitting.spectra, reduction.ranks)
-        fixed = max(beside, fixed + 1)
-        plan, reduction = fitting.at(allocate(fitting.spectra, rule, fixed=fixed))
-    return plan, reduction
+        fixed = max(reduction.size - cost_of(fitting.spectra, ranks), fixed + 1)
 
 
 @dataclass
@@ -242,6 +247,18 @@ class _Fitting:
         changes = {place: self.made[place][1] for place in wanted}
         plan = make_plan(self._adapter(changes), self.target, self.options)
         return plan, Reduction(self.parts, ranks, changes, self.dtypes, file_size(plan))
+
+    def smallest(self, rule: RankRule, size: int) -> tuple[Plan, Reduction]:
+        """The plan of the least ranks. UsageError, with the size that it takes, if that is above `size`."""
+        plan, reduction = self.at(allocate(self.spectra, replace(rule, size=None, rank=rule.least)))
+        if reduction.size > size:
+            raise UsageError(
+                f"{size} bytes are too few: with the least ranks the file has {reduction.size}",
+                code="size",
+                hint=f"--size {reduction.size}B is the smallest; leaving modules out makes it smaller",
+                details={"size": size, "smallest": reduction.size},
+            )
+        return plan, reduction
 
     def _adapter(self, changes: Mapping[Place, Change]) -> Adapter:
         every: dict[Place, tuple[Change, ...]] = dict(self.adapter.changes)
