@@ -53,7 +53,7 @@ def round_to(
     if not (low >= -largest and high <= largest):
         return _with_extremes(value, dtype, how, seed, start)
     if how == "stochastic":
-        value = _by_chance(value, dtype, seed, start).clamp_(-largest, largest)
+        value = _by_chance(value, dtype, seed, start)
     return value.to(dtype)
 
 

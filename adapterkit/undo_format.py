@@ -94,7 +94,7 @@ def unpack(packed: Buffer, block: Block, where: str) -> Bytes:
         data = reader.decompress(packed, block.length + 1)
     except zlib.error as error:
         raise damaged(where, f"a block cannot be unpacked: {error}") from None
-    if len(data) != block.length or not reader.eof or reader.unused_data:
+    if len(data) != block.length:
         raise damaged(where, "a block is not as long as the index says")
     planes = np.frombuffer(data, np.uint8)
     if block.width > 1 and block.length % block.width == 0:

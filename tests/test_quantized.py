@@ -236,10 +236,20 @@ def test_codes_beside_a_scale_for_each_block(
     assert equal(only(store), codes.float().numpy() * spread(scales, *size, block))
 
 
-def test_stacked_experts_have_a_scale_for_each_block_of_each() -> None:
+def test_integers_around_a_zero_point_for_each_row() -> None:
+    codes = torch.from_numpy(RANDOM.integers(-128, 128, (6, 40)).astype(np.int8))
+    zeros = torch.from_numpy(RANDOM.integers(-9, 9, (6, 1)).astype(np.int8))
+    scale = torch.rand(6, 1)
+    store = store_of({"m.weight": codes, "m.weight_scale": scale, "m.weight_zero_point": zeros})
+    assert equal(only(store), (codes.numpy() - zeros.numpy().astype(np.float32)) * scale.numpy())
+
+
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
+def test_stacked_experts_have_a_scale_for_each_block_of_each(end: str) -> None:
     codes = torch.from_numpy(RANDOM.normal(0, 50, (3, 256, 140))).float().to(torch.float8_e4m3fn)
     scales = RANDOM.uniform(0.01, 1, (3, 2, 2)).astype(np.float32)
-    weight = only(store_of({"e.up": codes, "e.up_scale_inv": scales}), "e.up")
+    tensors = {"e.up": codes, f"e.up{end}": scales, "e.up_activation_scale": torch.ones(3)}
+    weight = only(store_of(tensors), "e.up")
     wanted = [c * spread(s, 256, 140, (128, 128)) for c, s in zip(codes.float().numpy(), scales, strict=True)]
     assert equal(weight, np.stack(wanted))
 

@@ -105,15 +105,25 @@ def test_a_place_beyond_32_bits_has_its_chance_too() -> None:
     assert torch.equal(far[2048:], round_to(value[:2048], torch.bfloat16, "stochastic", 7))
 
 
-def ups(key: str, seed: int = 0, count: int = 1 << 16) -> torch.Tensor:
-    """±1 for each of many numbers in the middle of two."""
-    value = torch.full((count,), 1 + 2.0**-8)
-    return (round_to(value, torch.bfloat16, "stochastic", seed_of(key, seed)) > 1).double() * 2 - 1
+def middle() -> torch.Tensor:
+    """Many numbers in the middle of two."""
+    return torch.full((1 << 16,), 1 + 2.0**-8)
+
+
+def ups(key: str, seed: int = 0) -> torch.Tensor:
+    """±1 for each of them, as it went up or down."""
+    return (round_to(middle(), torch.bfloat16, "stochastic", seed_of(key, seed)) > 1).double() * 2 - 1
 
 
 def test_chance_is_the_same_for_a_key_and_another_for_each() -> None:
     assert torch.equal(ups("a"), ups("a"))
-    others = [ups("b"), ups("a", seed=1), *(ups("a").roll(step) for step in (1, 2, 64, 320))]
+    high = round_to(middle(), torch.bfloat16, "stochastic", seed_of("a", 0) ^ seed_of("b", 0) >> 32 << 32)
+    others = [
+        (high > 1).double() * 2 - 1,
+        ups("b"),
+        ups("a", seed=1),
+        *(ups("a").roll(step) for step in (1, 2, 64, 320)),
+    ]
     for other in others:
         # Five deviations of the mean of independent signs.
         assert abs(float((ups("a") * other).mean())) < 5 / 2**8
