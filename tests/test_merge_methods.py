@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import merging_papers as paper
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,10 @@ def delta(task: Task) -> Array:
     return (task.up.double() @ task.down.double()).numpy() * task.scale
 
 
+def whole(tasks) -> tuple[list[Array], list[float]]:
+    return [delta(task) for task in tasks], [task.strength for task in tasks]
+
+
 def dense(found) -> Array:
     up, down = found.factors(found.rank)
     return (up.double() @ down.double()).numpy()
@@ -46,73 +51,6 @@ def dense(found) -> Array:
 
 def close(ours: Array, theirs: Array, tolerance: float = 2e-6) -> None:
     assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
-
-
-# --- the papers -----------------------------------------------------------------------------------
-
-
-def paper_trim(values: Array, density: float) -> Array:
-    kept = int(density * values.size)
-    largest = np.argsort(-np.abs(values).ravel())[:kept]
-    mask = np.zeros(values.size, bool)
-    mask[largest] = True
-    return values * mask.reshape(values.shape)
-
-
-def paper_elect(weighted: Sequence[Array], weights: Sequence[float]) -> Array:
-    sign = np.sign(sum(weighted))
-    total, share = np.zeros_like(sign), np.zeros_like(sign)
-    for index in np.ndindex(sign.shape):
-        for values, weight in zip(weighted, weights, strict=True):
-            if values[index] != 0 and np.sign(values[index]) == sign[index]:
-                total[index] += values[index]
-                share[index] += abs(weight)
-    return np.divide(total, share, out=np.zeros_like(total), where=share > 0)
-
-
-def paper_ties(values: Sequence[Array], weights: Sequence[float], density: float) -> Array:
-    weighted = [w * paper_trim(v, density) for v, w in zip(values, weights, strict=True)]
-    return paper_elect(weighted, weights)
-
-
-def paper_knots(tasks: Sequence[Task], density: float) -> Array:
-    matrices = [delta(task) for task in tasks]
-    u, s, vt = np.linalg.svd(np.hstack(matrices), full_matrices=False)
-    kept = s > 1e-5
-    parts = np.split(s[kept, None] * vt[kept], len(tasks), axis=1)
-    return u[:, kept] @ paper_ties(parts, [t.strength for t in tasks], density)
-
-
-def paper_tsv(tasks: Sequence[Task]) -> Array:
-    lefts, rights, values = [], [], []
-    for task in tasks:
-        u, s, vt = np.linalg.svd(task.strength * delta(task), full_matrices=False)
-        kept = min(int((s > 1e-8 * s[0]).sum()), min(delta(task).shape) // len(tasks))
-        lefts.append(u[:, :kept])
-        rights.append(vt[:kept])
-        values.append(s[:kept])
-    p, _, q = np.linalg.svd(np.hstack(lefts), full_matrices=False)
-    r, _, t = np.linalg.svd(np.vstack(rights), full_matrices=False)
-    return (p @ q) @ np.diag(np.concatenate(values)) @ (r @ t)
-
-
-def paper_core(tasks: Sequence[Task], density: float) -> Array:
-    ups, downs = [], []
-    for task in tasks:
-        u, s, vt = np.linalg.svd(delta(task), full_matrices=False)
-        kept = s > 1e-8 * s[0]
-        ups.append(u[:, kept] * np.sqrt(s[kept]))
-        downs.append(np.sqrt(s[kept])[:, None] * vt[kept])
-    left = np.linalg.svd(np.hstack(ups), full_matrices=False)[0]
-    right = np.linalg.svd(np.vstack(downs), full_matrices=False)[2]
-    cores = [left.T @ up @ down @ right.T for up, down in zip(ups, downs, strict=True)]
-    return left @ paper_ties(cores, [t.strength for t in tasks], density) @ right
-
-
-def paper_iso(tasks: Sequence[Task]) -> Array:
-    u, s, vt = np.linalg.svd(sum(task.strength * delta(task) for task in tasks), full_matrices=False)
-    kept = s > 1e-8 * s[0]
-    return u[:, kept] @ vt[kept] * s[kept].mean()
 
 
 # --- against them ---------------------------------------------------------------------------------
@@ -131,28 +69,28 @@ def test_ties_is_the_papers(ranks, shape, density) -> None:
     ours = combined(
         [torch.from_numpy(v) for v in values], weights, ["x"] * len(tasks), "k", "ties", Settings(density)
     )
-    close(ours.numpy(), paper_ties(values, weights, density), 1e-12)
+    close(ours.numpy(), paper.ties(values, weights, density), 1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_knots_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
     tasks = make(*ranks, shape=shape)
-    close(dense(knots(tasks, Settings(0.4), "k")), paper_knots(tasks, 0.4))
+    close(dense(knots(tasks, Settings(0.4), "k")), paper.knots(*whole(tasks), 0.4))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ranks", [*RANKS, (12, 12, 12)])
 def test_tsv_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
     tasks = make(*ranks, shape=shape)
-    close(dense(tsv(tasks, Settings(), "k")), paper_tsv(tasks))
+    close(dense(tsv(tasks, Settings(), "k")), paper.tsv(*whole(tasks)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_core_space_in_factored_form_is_that_of_the_whole_deltas(ranks, shape) -> None:
     tasks = make(*ranks, shape=shape)
-    close(dense(core(tasks, Settings(0.4), "k")), paper_core(tasks, 0.4))
+    close(dense(core(tasks, Settings(0.4), "k")), paper.core(*whole(tasks), 0.4))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -161,7 +99,7 @@ def test_iso_c_is_the_papers_with_the_mean_over_values_that_are_not_zero(ranks, 
     tasks = make(*ranks, shape=shape)
     up = torch.cat([task.up.double() * task.scale * task.strength for task in tasks], dim=1)
     found = isotropic(product_svd(up, torch.cat([task.down for task in tasks])))
-    close(dense(found), paper_iso(tasks))
+    close(dense(found), paper.iso(*whole(tasks)))
 
 
 FACTORED: dict[str, Callable] = {"knots": knots, "tsv": tsv, "core": core}
@@ -246,13 +184,13 @@ def test_dare_ties_elects_among_what_dare_kept() -> None:
     values = [torch.randn(20, 20, dtype=torch.float64) for _ in range(2)]
     found = combined(values, [1.0, 2.0], ["a", "b"], "k", "dare-ties", Settings(0.5))
     kept = [dare(v, name, density=0.5).numpy() for v, name in zip(values, "ab", strict=True)]
-    close(found.numpy(), paper_elect([kept[0], 2 * kept[1]], [1.0, 2.0]), 1e-12)
+    close(found.numpy(), paper.elect([kept[0], 2 * kept[1]], [1.0, 2.0]), 1e-12)
 
 
 def test_magnitude_pruning_is_the_sum_of_the_largest() -> None:
     values = [torch.randn(20, 20, dtype=torch.float64) for _ in range(2)]
     found = combined(values, [1.0, -2.0], ["a", "b"], "k", "magnitude", Settings(0.25))
-    close(found.numpy(), paper_trim(values[0].numpy(), 0.25) - 2 * paper_trim(values[1].numpy(), 0.25), 1e-12)
+    close(found.numpy(), paper.trim(values[0].numpy(), 0.25) - 2 * paper.trim(values[1].numpy(), 0.25), 1e-12)
 
 
 # --- the ways to divide ---------------------------------------------------------------------------

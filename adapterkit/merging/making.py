@@ -137,7 +137,7 @@ def made_at(recipe: Recipe, place: Place) -> Made:
         return Made(_other(recipe, place, found), None, (), None)
     _require_one_shape(found, tasks)
     stack = Stack(tasks)
-    decomposes = _decomposes(recipe, tasks)
+    decomposes = _decomposes(recipe, found, tasks)
     sums = decomposes and recipe.method.way == "sum"
     gram = stack.inner_products() if sums else inner_products(tasks)
     finite = bool(gram.isfinite().all())
@@ -219,11 +219,13 @@ def _tasks(found: Sequence[Contribution]) -> Iterator[Task]:
             yield task_of(one.name, one.changes, one.strength)
 
 
-def _decomposes(recipe: Recipe, tasks: Sequence[Task]) -> bool:
+def _decomposes(recipe: Recipe, found: Sequence[Contribution], tasks: Sequence[Task]) -> bool:
     """Whether a rank is to be chosen: by rule or method, or because the sum has more than the weight."""
+    if recipe.truncates or recipe.method.name != "linear":
+        return True
     full = min(tasks[0].up.shape[0], tasks[0].down.shape[1])
-    crowded = len(tasks) > 1 and all(task.rank < full for task in tasks) and _total_rank(tasks) > full
-    return recipe.truncates or recipe.method.name != "linear" or crowded
+    whole = any(isinstance(change, Whole) for one in found for change in one.changes)
+    return len(tasks) > 1 and not whole and _total_rank(tasks) > full
 
 
 def _total_rank(tasks: Sequence[Task]) -> int:

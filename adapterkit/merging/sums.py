@@ -23,8 +23,8 @@ _REPLACING = frozenset({"set", "reshape", "tokens"})
 def summed(found: Sequence[Contribution], dtype: torch.dtype | None = None) -> tuple[Change, ...]:
     """All contributions to one place, each at its strength, as one change (or as those of a single one).
 
-    dtype: of the factors, if wider than they are stored; the common one by default. What a strength
-    and a scale multiply is rounded once to it.
+    dtype: of the factors, if wider than the common one. What strengths and scales multiply is rounded
+    once, to the wider of both.
     Raises Unrepresentable, naming the module, for kinds that have no sum or no other strength, Mismatch
     where shapes differ.
     """
@@ -38,8 +38,9 @@ def summed(found: Sequence[Contribution], dtype: torch.dtype | None = None) -> t
         return tuple(_positive(change) for change in made if change is not None)
     for one in found:
         _require_linear(one, found)
+    wide = _common([change for one in found for change in one.changes], dtype)
     changes = [
-        _widened(change, dtype)
+        _widened(change, wide)
         for one in found
         for single in one.changes
         if (change := at_strength(single, one.strength)) is not None
@@ -71,15 +72,18 @@ def _positive(change: Change) -> Change:
     return change._with({"scale": -scale, role: -factor})
 
 
-def _widened(change: Change, dtype: torch.dtype | None) -> Change:
-    """The change with its tensors in `dtype` where that holds every value of theirs."""
-    if dtype is None:
-        return change
-    like = torch.empty(0, dtype=dtype)
+def _common(changes: Sequence[Change], dtype: torch.dtype | None) -> torch.dtype:
+    """The narrowest dtype that holds all numbers of these changes, and those of `dtype`."""
+    tensors = [tensor for change in changes for tensor in change.tensors().values()]
+    return common_dtype(tensors if dtype is None else [*tensors, torch.empty(0, dtype=dtype)])
+
+
+def _widened(change: Change, dtype: torch.dtype) -> Change:
+    """The change with its tensors in a dtype that holds every value of theirs."""
     wider = {
         name: tensor.to(dtype)
         for name, tensor in vars(change).items()
-        if isinstance(tensor, Tensor) and tensor.dtype != dtype and common_dtype([tensor, like]) == dtype
+        if isinstance(tensor, Tensor) and tensor.dtype != dtype
     }
     return change._with(wider) if wider else change
 

@@ -193,6 +193,12 @@ def _plan(
     )
     recipe, rule = _with_rule(recipe, options.rule)
     made = merged(recipe, progress)
+    if not made.changes and all(part.full == 0 for part in made.parts.values()):
+        raise Refused(
+            "the adapters cancel each other: nothing is left",
+            code="nothing-left",
+            hint="look at their strengths; the same adapter may be there twice",
+        )
     whole = _whole(adapters, inputs, made.changes, planning)
     facts = _facts(options, method, settings, names, weights)
     reduction = None
