@@ -176,7 +176,7 @@ class Checkpoint:
         Those that follow on from each other in one tensor are one.
         """
         each = self._whole.get((component, span, param))
-        if each is not None and not span[0].transposed:
+        if each is not None:
             shape = self.store.tensors[each.key].shape
             return (Stretch(each.key, 0, shape[0], False),) if shape else None
         found: list[Stretch] = []
@@ -254,7 +254,7 @@ def open_checkpoint(model: Model, family: str | None = None) -> Checkpoint:
     """
     if isinstance(model, Checkpoint):
         return model
-    store = _store_of(model)
+    store = model_store(model)
     try:
         reading = read(store, family)
     except BaseException:
@@ -264,7 +264,8 @@ def open_checkpoint(model: Model, family: str | None = None) -> Checkpoint:
     return Checkpoint(store, reading.family, reading.held)
 
 
-def _store_of(model: str | Path | Store | Mapping[str, Tensor]) -> Store:
+def model_store(model: str | Path | Store | Mapping[str, Tensor]) -> Store:
+    """The store behind a base model; a path is opened by its content, a state dict is wrapped."""
     if isinstance(model, Store):
         return model
     if model == "":

@@ -26,16 +26,21 @@ def output_metadata(plan: Plan) -> dict[str, str]:
     metadata = {key: value for key, value in plan.adapter.metadata.items() if key not in _NOT_RECOMPUTABLE}
     metadata.pop(METADATA_KEY, None)
     metadata["format"] = "pt"
-    for key in _TENSOR_HASHES:
-        if key in metadata:
-            # kohya writes the bare digits, ModelSpec and LyCORIS put 0x before them.
-            metadata[key] = ("0x" if metadata[key].startswith("0x") else "") + DATA_SHA256
+    renew_hashes(metadata)
     _renew_ranks(metadata, plan)
     if any(module.kind == "glora" for module in plan.modules):
         _renew_arguments(metadata)
     if plan.target.scale == "lora_adapter_metadata":
         metadata[METADATA_KEY] = json.dumps(_diffusers_config(plan), indent=2, sort_keys=True)
     return metadata
+
+
+def renew_hashes(metadata: dict[str, str]) -> None:
+    """Let hashes of the tensors be filled in by the writer, where the file has any."""
+    for key in _TENSOR_HASHES:
+        if key in metadata:
+            # kohya writes the bare digits, ModelSpec and LyCORIS put 0x before them.
+            metadata[key] = ("0x" if metadata[key].startswith("0x") else "") + DATA_SHA256
 
 
 def _renew_ranks(metadata: dict[str, str], plan: Plan) -> None:

@@ -11,10 +11,14 @@ from adapterkit.specs.paths import formats_dir
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Ends of modules' names, and fronts: what may stand before all names of a model."""
+    """Ends of modules' names, and fronts: what may stand before all names of a model.
+
+    lone_head: what a head is called that no longer has the embedding's numbers.
+    """
 
     embedding: frozenset[str]
     head: frozenset[str]
+    lone_head: str
     transposed: frozenset[str]
     fronts: tuple[str, ...]
 
@@ -39,6 +43,7 @@ def weight_names() -> WeightNames:
     return WeightNames(
         frozenset(document["embedding"]),
         frozenset(document["head"]),
+        document["head"][0],
         frozenset(document["transposed"]),
         tuple(document["fronts"]),
     )

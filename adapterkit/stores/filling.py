@@ -22,8 +22,7 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
     StoreError where a file is in the way, or is there already and may not be replaced.
     """
     ground = _existing(folder)
-    for name in names:
-        _free(folder, name, overwrite)
+    require_free(folder, names, overwrite)
     sweep(ground)
     try:
         temporary = ground / TEMPORARY.format(secrets.token_hex(8))
@@ -32,7 +31,7 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
             with locked(temporary):
                 with _called(temporary, folder):
                     yield temporary
-                _put(temporary, folder, names, overwrite)
+                put(temporary, folder, names, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -57,6 +56,12 @@ def _existing(folder: Path) -> Path:
     )
 
 
+def require_free(folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """StoreError where a file of this name is in the way, or is there already and may not be replaced."""
+    for name in names:
+        _free(folder, name, overwrite)
+
+
 def _free(folder: Path, name: str, overwrite: bool) -> Path:
     """Where a file will be put; what is there is replaced only if it may be."""
     path = folder / name
@@ -74,7 +79,8 @@ def _called(temporary: Path, folder: Path) -> Iterator[None]:
         raise
 
 
-def _put(temporary: Path, folder: Path, names: Sequence[str], overwrite: bool) -> None:
+def put(temporary: Path, folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Put finished files in place: the folder as a whole, or one after another in one that is there."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.rename(folder)

@@ -1,0 +1,101 @@
+"""The tensors of a baked file one after the other: computed ahead by threads while others are written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
+
+import torch
+
+from adapterkit.baked_tensor import Manner, baked_tensor
+from adapterkit.baking import Baked, BakePlan
+from adapterkit.linalg.pool import one_thread
+from adapterkit.stores.views import bytes_of
+from adapterkit.survival import Survival
+
+if TYPE_CHECKING:
+    from adapterkit.undo import UndoWriter
+
+# Bytes of finished tensors that wait to be written.
+_AHEAD = 256 * 1024 * 1024
+# Bytes read of the base after which its pages are given back.
+_HELD = 256 * 1024 * 1024
+_UNDO_BLOCK = 16 * 1024 * 1024
+_MOST = 8
+Waiting = tuple[int, "Future[torch.Tensor]"]
+Content = Union[bytes, memoryview, "torch.Tensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class Undoing:
+    """Where the bits of one file's tensors are kept. file: its name; plain: a tensor's name in it."""
+
+    writer: UndoWriter
+    file: str
+    plain: Callable[[str], str]
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """What is needed to make the tensors of one file.
+
+    told: of bytes that are done, as they are.
+    """
+
+    plan: BakePlan
+    manner: Manner
+    survival: Survival
+    undoing: Undoing | None = None
+    told: Callable[[int], None] | None = None
+
+    def contents(self, keys: Sequence[str]) -> Generator[tuple[str, Content], None, None]:
+        """Each tensor's key and bytes in this order, the same whatever the number of threads."""
+        store, tensors = self.plan.base.store, self.plan.tensors
+        changed = deque(key for key in keys if key in tensors)
+        waiting: deque[Waiting] = deque()
+        held = 0
+        with one_thread() as threads, ThreadPoolExecutor(max(1, threads)) as pool:
+            try:
+                for key in keys:
+                    self._begin(pool, changed, waiting, threads)
+                    info = tensors[key].after if key in tensors else store.tensors[key]
+                    yield key, waiting.popleft()[1].result() if key in tensors else store.read(key)
+                    if self.told is not None:
+                        self.told(info.nbytes)
+                    held += info.nbytes
+                    if held > _HELD:
+                        store.release()
+                        held = 0
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(
+        self, pool: ThreadPoolExecutor, changed: deque[str], waiting: deque[Waiting], threads: int
+    ) -> None:
+        """Begin the next tensors, as many as memory allows, one for each thread at least."""
+        ahead = sum(size for size, _ in waiting)
+        while changed and (len(waiting) <= threads or ahead < _AHEAD) and len(waiting) < _MOST * threads:
+            baked = self.plan.tensors[changed.popleft()]
+            waiting.append((baked.after.nbytes, pool.submit(self.tensor, baked)))
+            ahead += baked.after.nbytes
+
+    def tensor(self, baked: Baked) -> torch.Tensor:
+        """One tensor, and the bits that it changes noted."""
+        with torch.no_grad():
+            made = baked_tensor(self.plan.base, baked, self.manner, self.survival)
+        if self.undoing is not None and baked.key == baked.source:
+            self._note(self.undoing, baked, made)
+        return made
+
+    def _note(self, undoing: Undoing, baked: Baked, made: torch.Tensor) -> None:
+        old, new = self.plan.base.store.read(baked.source), bytes_of(made)
+        name = undoing.plain(baked.key)
+        if len(old) != len(new):
+            undoing.writer.add(undoing.file, name, old, new)
+            return
+        for start in range(0, len(old), _UNDO_BLOCK):
+            stop = start + _UNDO_BLOCK
+            undoing.writer.add(undoing.file, name, old[start:stop], new[start:stop], start)

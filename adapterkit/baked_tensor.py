@@ -1,0 +1,299 @@
+"""The numbers of one baked tensor: the base's, what the changes add in float32, rounded once.
+
+Blocks of rows go through a scratch that is used again and again: fresh memory for every float32 copy of
+a weight would cost more than the arithmetic. Blocks have fixed sizes, so that threads do not show in
+the last digits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adapterkit import deltas
+from adapterkit.bake_plan import replaces
+from adapterkit.baking import Baked
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.deltas import AdaLora, Change, ExpertsLowRank, LowRank, Magnitude, Tokens, Vera, Whole
+from adapterkit.effects import Share
+from adapterkit.errors import located
+from adapterkit.rounding import Rounding, round_to, seed_of
+from adapterkit.stores import torch_dtype
+from adapterkit.survival import Survival
+
+# Numbers of a block: 2 MiB of float32, which stays in a core's cache.
+_BLOCK = 1 << 19
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How results are rounded. seed: of stochastic rounding."""
+
+    how: Rounding = "nearest"
+    seed: int = 0
+
+
+class _Part(Protocol):
+    """What one share adds. start, stop: the rows of the tensor that it acts on."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        """Put its part into `total`, float32 rows (n, columns) from `first`; `weight` are the base's rows."""
+
+
+def baked_tensor(base: Checkpoint, baked: Baked, manner: Manner, survival: Survival) -> Tensor:
+    """The tensor as it is to be written; `survival` is told what rounding leaves of the change."""
+    stored, shares = _ground(base, baked)
+    dtype = torch_dtype(baked.after.dtype)
+    result = torch.empty(baked.after.shape, dtype=dtype)
+    rows, columns = stored.shape[0], max(1, stored[:1].numel())
+    weight, target = stored.reshape(rows, columns), result.view(rows, columns)
+    parts = [_part(base, share, stored) for share in sorted(shares, key=_turn)]
+    height = max(1, _BLOCK // columns)
+    seed = seed_of(baked.key, manner.seed)
+    for start, stop, touched in _segments(parts, rows):
+        if not touched and dtype == stored.dtype:
+            target[start:stop] = weight[start:stop]
+            continue
+        for first in range(start, stop, height):
+            before = weight[first : min(first + height, stop)]
+            total = _scratch(before)
+            for part in touched:
+                part.add(total, before, first)
+            rounded = _rounded(total, dtype, manner.how, seed, first * columns)
+            target[first : first + len(rounded)] = rounded
+            if touched:
+                survival.add(baked.key, before, total, rounded)
+    return result
+
+
+def _ground(base: Checkpoint, baked: Baked) -> tuple[Tensor, Sequence[Share]]:
+    """The tensor that is added to, and what is added: an adapter's own numbers are its ground, if it has any.
+
+    PEFT keeps an embedding that was resized beside its LoRA. A base that is widened gets zeros.
+    """
+    for share in baked.shares:
+        if _is_all(share, baked):
+            value = share.effect.change.tensors()["value"]
+            return value, [other for other in baked.shares if other is not share]
+    stored = base.store.tensor(baked.source)
+    if tuple(stored.shape) == baked.after.shape:
+        return stored, baked.shares
+    wide = torch.zeros(baked.after.shape, dtype=stored.dtype)
+    wide[tuple(map(slice, stored.shape))] = stored
+    return wide, baked.shares
+
+
+def _is_all(share: Share, baked: Baked) -> bool:
+    """Whether a share puts its numbers in the place of the whole tensor."""
+    change = share.effect.change
+    alone = isinstance(change, Whole) and change.replaces and change.scale == share.strength == 1.0
+    return alone and change.shape == baked.after.shape
+
+
+def _turn(share: Share) -> int:
+    """Replacements come before what the same adapter adds to them; rows of tokens hold against it."""
+    return -1 if replaces(share) else int(isinstance(share.effect.change, Tokens))
+
+
+def _rounded(total: Tensor, dtype: torch.dtype, how: Rounding, seed: int, start: int) -> Tensor:
+    return (
+        total if dtype == total.dtype == torch.float64 else round_to(total.float(), dtype, how, seed, start)
+    )
+
+
+_local = threading.local()
+
+
+def _scratch(before: Tensor) -> Tensor:
+    """The block in the thread's scratch, in float32 (float64 if it is)."""
+    if before.dtype == torch.float64:
+        return before.clone()
+    space: Tensor | None = getattr(_local, "space", None)
+    if space is None or space.numel() < before.numel():
+        space = _local.space = torch.empty(max(_BLOCK, before.numel()))
+    return space[: before.numel()].view(before.shape).copy_(before)
+
+
+def _segments(parts: Sequence[_Part], rows: int) -> Iterator[tuple[int, int, list[_Part]]]:
+    """The rows between which what acts on them changes."""
+    edges = sorted({0, rows, *(edge for part in parts for edge in (part.start, part.stop))})
+    for start, stop in pairwise(edges):
+        yield start, stop, [part for part in parts if part.start < stop and start < part.stop]
+
+
+def _part(base: Checkpoint, share: Share, stored: Tensor) -> _Part:
+    """How a share is added, the quickest way that its kind has."""
+    with located(share.effect.where):
+        if share.transposed:
+            return _turned_part(base, share, stored)
+        change, start, stop = share.effect.change, share.start, share.stop
+        if isinstance(change, Whole) and change.replaces:
+            return _Replacement(start, stop, change.value[share.first :], change.scale, share.strength)
+        if isinstance(change, Tokens):
+            return _Rows(start, stop, share.first, change, share.strength)
+        if isinstance(change, AdaLora | Vera | LowRank):
+            return _ranks(change, share, start, stop)
+        if _is_by_rows(change):
+            return _ByRows(start, stop, share.first, change, share.strength, tuple(stored.shape[1:]))
+        return _Dense(start, stop, _delta(base, share, stored).flatten(1), share.strength)
+
+
+def _turned_part(base: Checkpoint, share: Share, stored: Tensor) -> _Part:
+    """The part of a tensor that is kept transposed: its rows are the change's columns."""
+    change, rows = share.effect.change, stored.shape[0]
+    if _covers(share, stored):
+        if isinstance(change, AdaLora | Vera | LowRank):
+            return _ranks(deltas.transpose(change.low_rank()), share, 0, rows)
+        if isinstance(change, Whole) and change.replaces:
+            return _Replacement(0, rows, change.value.T, change.scale, share.strength)
+    return _Columns(share.start, share.stop, rows, _delta(base, share, stored), share.strength)
+
+
+def _covers(share: Share, stored: Tensor) -> bool:
+    """Whether a transposed share is all of the tensor, and all of its change."""
+    return (share.start, share.stop) == (0, stored.shape[-1]) and share.effect.shape[0] == share.stop
+
+
+def _is_by_rows(change: Change) -> bool:
+    """Whether the delta of some rows costs no more than their part of the whole."""
+    if isinstance(change, Magnitude):
+        return change.axis == "out" and _is_by_rows(change.inner)
+    return isinstance(change, LowRank | ExpertsLowRank | Whole | deltas.Scaling | deltas.Glora)
+
+
+def _delta(base: Checkpoint, share: Share, stored: Tensor) -> Tensor:
+    """The delta of a share's rows, made with all rows of the change's weight."""
+    place, change = share.effect.place, share.effect.change
+    whole = share.effect.shape == (tuple(stored.T.shape) if share.transposed else tuple(stored.shape))
+    if whole:
+        weight: Tensor | None = stored.T if share.transposed else stored
+    else:
+        weight = base.tensor(place.component, place.span, place.param)
+    assert weight is not None
+    delta = change.dense(weight, torch.float64 if stored.dtype == torch.float64 else torch.float32)
+    return delta[share.first : share.first + share.stop - share.start]
+
+
+def _ranks(change: Change, share: Share, start: int, stop: int) -> _Part:
+    plain = change.low_rank()
+    up, down = plain.matrices()
+    rows = up[share.first : share.first + stop - start]
+    return _Ranks(start, stop, rows.float(), down.float(), plain.scale * share.strength)
+
+
+def _within(part: _Part, total: Tensor, first: int) -> tuple[slice, slice]:
+    """Which rows of the block a part acts on, and which of its own they are."""
+    low, high = max(first, part.start), min(first + total.shape[0], part.stop)
+    return slice(low - first, high - first), slice(low - part.start, high - part.start)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranks:
+    """factor · up @ down."""
+
+    start: int
+    stop: int
+    up: Tensor
+    down: Tensor
+    factor: float
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        up, down = self.up[mine].to(total.dtype), self.down.to(total.dtype)
+        total[here].addmm_(up, down, alpha=self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    start: int
+    stop: int
+    delta: Tensor
+    factor: float
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        total[here].add_(self.delta[mine], alpha=self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """A delta (columns, rows) of some columns of a tensor that is kept transposed."""
+
+    left: int
+    right: int
+    stop: int
+    delta: Tensor
+    factor: float
+    start: int = 0
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        total[here, self.left : self.right].add_(self.delta.T[mine], alpha=self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByRows:
+    """A change whose rows are made as they are needed. rest: the weight's other axes."""
+
+    start: int
+    stop: int
+    top: int
+    change: Change
+    factor: float
+    rest: tuple[int, ...]
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        change = self.change.take(self.top + mine.start, self.top + mine.stop)
+        delta = change.dense(weight[here].reshape(-1, *self.rest), total.dtype)
+        total[here].add_(delta.reshape(total[here].shape), alpha=self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """Numbers put in the base's place, or between the two at another strength than 1."""
+
+    start: int
+    stop: int
+    value: Tensor
+    scale: float
+    factor: float
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        value = self.value[mine].to(total.dtype).reshape(total[here].shape) * self.scale
+        _put(total[here], weight[here], value, self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Some rows replaced, whatever was added to them."""
+
+    start: int
+    stop: int
+    top: int
+    change: Tokens
+    factor: float
+
+    def add(self, total: Tensor, weight: Tensor, first: int) -> None:
+        here, mine = _within(self, total, first)
+        for place, index in enumerate(self.change.indices or ()):
+            if mine.start <= index - self.top < mine.stop:
+                row = here.start + index - self.top - mine.start
+                _put(total[row], weight[row], self.change.rows_[place].to(total.dtype), self.factor)
+
+
+def _put(total: Tensor, weight: Tensor, value: Tensor, factor: float) -> None:
+    # At strength 1 the numbers themselves: w + (v − w) need not be v.
+    total.copy_(value if factor == 1.0 else weight.to(total.dtype).lerp(value, factor))

@@ -1,0 +1,110 @@
+"""Folders that take long to write: what is finished stays when the rest fails, and is not written again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapterkit.errors import AdapterkitError, Json, StoreError
+from adapterkit.stores.atomic import locked
+from adapterkit.stores.base import DEFAULT_LIMITS
+from adapterkit.stores.filling import put, require_free
+from adapterkit.stores.guards import is_file, shown, system_failure
+from adapterkit.stores.json_files import read_json
+from adapterkit.stores.writing import write_json
+
+SUFFIX = ".partial"
+_JOURNAL = ".adapterkit-journal.json"
+
+
+@dataclass
+class Partial:
+    """A folder that is being filled.
+
+    request: what it is being filled with, so that no other request goes on with it.
+    finished: by the path of each file that is complete, what was noted of it, its hash included.
+    """
+
+    path: Path
+    request: str
+    finished: dict[str, dict[str, Json]] = field(default_factory=dict)
+
+    def finish(self, name: str, facts: dict[str, Json]) -> None:
+        """Note that a file is complete. facts: `sha256` at least."""
+        self.finished[name] = facts
+        document: Json = {"request": self.request, "files": dict(self.finished)}
+        write_json(self.path / _JOURNAL, document, overwrite=True)
+
+
+@contextlib.contextmanager
+def partial_folder(
+    folder: Path, names: Sequence[str], request: str, *, overwrite: bool, resume: bool
+) -> Iterator[Partial]:
+    """Yield a folder beside `folder`; its files take their places when the block ends without an error.
+
+    names: of the files to come.  resume: keep the files that an earlier run for the same request finished.
+    When the block fails, finished files stay for a run that resumes, unless it was refused.
+    StoreError where a file is in the way, somebody else is at work, or there is nothing to go on with.
+    """
+    require_free(folder, names, overwrite)
+    place = folder.with_name(folder.name + SUFFIX)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not resume:
+            _remove(place)
+        place.mkdir(exist_ok=True)
+        with locked(place):
+            partial = Partial(place, request, _finished(place, request) if resume else {})
+            try:
+                yield partial
+            except BaseException as error:
+                refused = isinstance(error, AdapterkitError) and not isinstance(error, StoreError)
+                if refused or not partial.finished:
+                    shutil.rmtree(place, ignore_errors=True)
+                raise
+            (place / _JOURNAL).unlink(missing_ok=True)
+            put(place, folder, names, overwrite)
+            shutil.rmtree(place, ignore_errors=True)
+    except BlockingIOError:
+        raise StoreError(
+            f"{shown(place)}: another run is at work there",
+            code="busy",
+            hint="wait for it, or choose another name for the output",
+        ) from None
+    except OSError as error:
+        raise system_failure(folder, "cannot be written", error) from error
+
+
+def _remove(place: Path) -> None:
+    with locked(place):
+        shutil.rmtree(place)
+
+
+def _finished(place: Path, request: str) -> dict[str, dict[str, Json]]:
+    """What an earlier run finished and is still as it was; the rest is removed."""
+    journal = place / _JOURNAL
+    if not is_file(journal):
+        return {}
+    found = read_json(journal, DEFAULT_LIMITS.json_bytes)
+    if not isinstance(found, dict) or found.get("request") != request:
+        raise StoreError(
+            f"{shown(place)}: was begun with another base, other adapters or other options",
+            code="resume",
+            hint="give the same ones, or leave --resume away to begin anew",
+        )
+    files = found.get("files")
+    noted = files if isinstance(files, dict) else {}
+    return {
+        name: facts
+        for name, facts in noted.items()
+        if isinstance(facts, dict) and is_file(place / name) and _digest(place / name) == facts.get("sha256")
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
