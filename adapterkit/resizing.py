@@ -34,6 +34,8 @@ Progress = Callable[[str, int, int], None]
 _MOST_OF_WHOLE = 256
 # A tail is noise only if it is as flat as noise: its least value is this share of what noise has.
 _FLAT = 0.8
+# Too few values to tell a tail from a change that uses all of them.
+_FEW = 16
 # The largest value of noise that is seen goes a little beyond its expected edge.
 _MARGIN = 1.05
 
@@ -239,20 +241,21 @@ def _rounding_of_factors(delta: LowRank) -> float:
 
 
 def _tail(decomposition: Decomposition, shape: tuple[int, int]) -> float:
-    """The edge of noise of this shape, if the lower half of the values looks like it; else 0."""
+    """The edge of noise of this shape, if the lower half of the values looks like it; else 0.
+
+    A spectrum that is flat from end to end, or has few values, is rather a change that uses all of them.
+    """
     short, long = sorted(shape)
     known = decomposition.rank >= short
     values = decomposition.values[:short] if known else decomposition.values
-    if not values.numel() or short < 4:
+    if values.numel() < _FEW:
         return 0.0
-    seen = replace(decomposition, values=values, shape=shape)
-    sigma = noise_deviation(seen)
-    if known and float(values[-1]) < _FLAT * sigma * (math.sqrt(long) - math.sqrt(short)):
-        return 0.0
-    if not known and float(values[-1]) > noise_edge(sigma, shape):
-        # The signal goes on beyond the values that are known.
-        return 0.0
-    return _MARGIN * noise_edge(sigma, shape)
+    sigma = noise_deviation(replace(decomposition, values=values, shape=shape))
+    edge = _MARGIN * noise_edge(sigma, shape)
+    least = _FLAT * sigma * (math.sqrt(long) - math.sqrt(short)) if known else 0.0
+    # Beyond the values that are known there must be noise alone.
+    most = math.inf if known else edge
+    return edge if values[0] > edge and least <= float(values[-1]) <= most else 0.0
 
 
 @dataclass(eq=False)

@@ -375,7 +375,7 @@ def test_progress_is_told() -> None:
 def test_auto_finds_the_ranks_that_stand_out_of_a_flat_tail() -> None:
     from adapterkit.resizing import noise_of
 
-    for planted in (0, 3, 8):
+    for planted in (1, 3, 8):
         generator = torch.Generator().manual_seed(planted)
         up = 0.01 * torch.randn(320, 32, generator=generator)
         up[:, :planted] += torch.randn(320, planted, generator=generator)
@@ -385,6 +385,18 @@ def test_auto_finds_the_ranks_that_stand_out_of_a_flat_tail() -> None:
 
         found = decompose({"x": change})["x"]
         assert int((found.values > noise_of(change, found)).sum()) == planted
+
+
+def test_auto_takes_a_change_that_uses_all_of_its_ranks_for_no_noise() -> None:
+    resized = resize(file_of("lora").read("sd1"), rule=RankRule(auto=True))
+    assert set(ranks(resized).values()) == {4}
+
+
+@pytest.mark.parametrize("form", ["oft", "ia3 of rows", "replacement"])
+def test_an_adapter_without_ranks_is_refused(form: str) -> None:
+    with pytest.raises(Refused) as caught:
+        resize(file_of(form).read("sd1"), rule=RankRule(rank=2))
+    assert caught.value.code == "no-ranks" and caught.value.hint
 
 
 def test_auto_keeps_a_spectrum_that_only_falls() -> None:

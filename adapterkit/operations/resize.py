@@ -12,7 +12,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.alignment import aligned, own_target
 from adapterkit.checkpoint import Checkpoint, Model, open_checkpoint
 from adapterkit.deltas import Change
-from adapterkit.errors import Json, Unrepresentable, located
+from adapterkit.errors import Json, Refused, Unrepresentable, located
 from adapterkit.operations.convert import Conversion, ConvertOptions, Verify, plan_options, write_plan
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
@@ -201,6 +201,8 @@ def resizable(
             progress=progress,
         )
         found = decomposed(lined_up, base, settings)
+        if not found.parts:
+            raise _nothing_to_resize(found)
     return Resizable(adapter, lined_up, target, options, found, base)
 
 
@@ -232,6 +234,16 @@ def _load(source: Source, options: ResizeOptions) -> Adapter:
         if options.to is not None:
             opened.explanation.decided(opened.store.label, options.to)
     return opened.load(allow=options.allow, scale_from=options.scale_from)
+
+
+def _nothing_to_resize(found: Decomposed) -> Refused:
+    kinds = ", ".join(f"{count} {title}" for title, count in found.stayed.items())
+    return Refused(
+        f"no module has a rank that could be chosen: {kinds or 'their numbers are not finite'}",
+        code="no-ranks",
+        hint="bake the adapter into its base and extract the difference as LoRA",
+        details={"kinds": dict(found.stayed)},
+    )
 
 
 def _highest(rules: Sequence[RankRule]) -> int | None:
