@@ -56,7 +56,7 @@ class Settings:
     embeddings: bool = False
     exact: bool = False
     seed: int = 0
-    device: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float16
     allow: Collection[str] = ()
 
@@ -174,11 +174,8 @@ class _Comparing:
 
     def _taken_apart(self, line: Line, here: Tensor, there: Tensor) -> Found:
         settings = self.settings
-        delta = _subtracted(here, there).flatten(1)
-        if settings.device is not None:
-            delta = delta.to(settings.device)
         try:
-            found = dense_svd(delta, settings.most, exact=settings.exact, seed=settings.seed)
+            found = self._decomposed(_subtracted(here, there).flatten(1))
         except Refused as error:
             if error.code != "nonfinite":
                 raise
@@ -192,6 +189,15 @@ class _Comparing:
         if line.tall > line.shape[0]:
             kept = _taller(kept, line.tall)
         return Found(line, found.energy, _squared(there), kept, noise)
+
+    def _decomposed(self, delta: Tensor) -> Decomposition:
+        """On the device; what does not fit there on the processor."""
+        settings = self.settings
+        try:
+            there = delta.to(settings.device)
+            return dense_svd(there, settings.most, exact=settings.exact, seed=settings.seed)
+        except torch.OutOfMemoryError:
+            return dense_svd(delta, settings.most, exact=settings.exact, seed=settings.seed)
 
     def _require_finite(self, line: Line, energy: float) -> None:
         if math.isfinite(energy) or "nonfinite" in self.settings.allow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from adapterkit.errors import Ambiguous, Json, Unrecognized
 from adapterkit.specs.families import ANY, Family, Names, OpenNames, Prefix, families, family
@@ -108,7 +108,7 @@ def _hopeful(considered: Sequence[Family], plain: Mapping[str, str]) -> list[Fam
 def _locate_all(known: Family, key: str) -> Iterator[tuple[Prefix, Row, str]]:
     """Everything that a key can mean, by the longest prefix that leads anywhere."""
     found = ""
-    for prefix in sorted(known.checkpoint, key=lambda prefix: -len(prefix.text)):
+    for prefix in _longest_first(known):
         if found and len(prefix.text) < len(found):
             return
         if not key.startswith(prefix.text) or not _may_know(known, prefix, key):
@@ -117,6 +117,11 @@ def _locate_all(known: Family, key: str) -> Iterator[tuple[Prefix, Row, str]]:
         if located is not None:
             found = prefix.text
             yield prefix, *located
+
+
+@cache
+def _longest_first(known: Family) -> tuple[Prefix, ...]:
+    return tuple(sorted(known.checkpoint, key=lambda prefix: -len(prefix.text)))
 
 
 def _may_know(known: Family, prefix: Prefix, key: str) -> bool:

@@ -495,6 +495,8 @@ def test_a_wrong_base_is_suspected() -> None:
         (ExtractOptions(alpha=math.nan), None),
         (ExtractOptions(to="kohia"), None),
         (ExtractOptions(dtype="fp8"), None),
+        (ExtractOptions(device="abacus"), None),
+        (ExtractOptions(device="meta"), None),
         (ExtractOptions(only=("nothing.here",)), None),
         (ExtractOptions(only=("up_blocks",), exclude=("up_blocks",)), None),
         (ExtractOptions(), RankRule(size=10)),

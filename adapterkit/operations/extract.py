@@ -17,6 +17,7 @@ from adapterkit.checkpoint import Checkpoint, Model, open_checkpoint
 from adapterkit.deltas import Change, Whole
 from adapterkit.errors import Json, Refused, StoreError, UsageError, located
 from adapterkit.extraction import HIGHEST, Found, Progress, Settings, compare, remaining, suspicious
+from adapterkit.linalg.devices import device_of
 from adapterkit.operations.convert import Conversion, ConvertOptions, Verify, write_plan
 from adapterkit.operations.sources import load
 from adapterkit.pairing import Line, Pairing, pair
@@ -246,7 +247,7 @@ def _extracted(
         embeddings=options.embeddings,
         exact=options.exact,
         seed=options.seed,
-        device=options.device,
+        device=device_of(options.device),
         dtype=dtype,
         allow=options.allow,
     )
