@@ -19,7 +19,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
         raise UsageError(
             f"`{name}` is no device that can compute here",
             code="device",
-            hint="cpu is always there; cuda or cuda:1 need an NVIDIA card and torch built for it, mps Apple's",
+            hint="cpu is always there; cuda needs an NVIDIA card and torch built for it, mps one of Apple's",
             details={"torch": str(error)[:200]},
         ) from error
     return found
