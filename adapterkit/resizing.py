@@ -52,7 +52,7 @@ class Settings:
 
     most: int | None = None
     exact: bool = False
-    device: str | None = None
+    device: torch.device | None = None
     noise: bool = True
     allow: Collection[str] = frozenset()
     progress: Progress | None = None

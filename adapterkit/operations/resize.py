@@ -13,6 +13,7 @@ from adapterkit.alignment import aligned, own_target
 from adapterkit.checkpoint import Checkpoint, Model, open_checkpoint
 from adapterkit.deltas import Change
 from adapterkit.errors import Json, Refused, Unrepresentable, located
+from adapterkit.linalg.devices import device_of
 from adapterkit.operations.convert import Conversion, ConvertOptions, Verify, plan_options, write_plan
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
@@ -187,6 +188,7 @@ def resizable(
     Raises what `load` and `resizing.decomposed` raise.
     """
     options = options or ResizeOptions()
+    device = device_of(options.device)
     adapter = source if isinstance(source, Adapter) else _load(source, options)
     with located(adapter.store.label if adapter.store is not None else "in memory"):
         target = adapter.family.target(options.to) if options.to else own_target(adapter)
@@ -195,7 +197,7 @@ def resizable(
         settings = Settings(
             most=_highest(rules),
             exact=options.exact,
-            device=options.device,
+            device=device,
             noise=not rules or any(rule.auto for rule in rules),
             allow=options.allow,
             progress=progress,
