@@ -94,8 +94,9 @@ def summed(files: Sequence[File], strengths: Sequence[float], to: str, name: str
 
 
 def plan(files: Sequence[File], strengths: Sequence[float] | None = None, **settings) -> Merging:
-    settings.setdefault("family", "flux1")
-    return plan_merge([file.store() for file in files], strengths, MergeOptions(**settings))
+    rule = settings.pop("rule", None)
+    options = MergeOptions(**{"family": "flux1", **settings})
+    return plan_merge([file.store() for file in files], strengths, rule, options)
 
 
 def refused(kind: type[AdapterkitError], files: Sequence[File], *strengths: float, **settings):
@@ -223,9 +224,9 @@ def test_the_output_makes_what_the_method_asks_for(method) -> None:
 def test_the_order_of_inputs_does_not_matter(method) -> None:
     a, b = ({"one": flux(seed=1), "two": flux(seed=2, most=3)}[name].store() for name in ("one", "two"))
     a.path, b.path = Path("one.safetensors"), Path("two.safetensors")
-    settings = MergeOptions(method=method, rule=ALL_RANKS, family="flux1", density=0.4, seed=3)
-    forward = deltas_of(made(plan_merge([a, b], [0.8, -0.3], settings)), "kohya")
-    backward = deltas_of(made(plan_merge([b, a], [-0.3, 0.8], settings)), "kohya")
+    settings = MergeOptions(method=method, family="flux1", density=0.4, seed=3)
+    forward = deltas_of(made(plan_merge([a, b], [0.8, -0.3], ALL_RANKS, settings)), "kohya")
+    backward = deltas_of(made(plan_merge([b, a], [-0.3, 0.8], ALL_RANKS, settings)), "kohya")
     assert all(np.allclose(forward[place], backward[place], atol=1e-5) for place in forward | backward)
 
 
@@ -278,8 +279,8 @@ def test_rank_rules_hold(tmp_path) -> None:
     assert set(plan(files, rule=RankRule(rank=3)).reduction.ranks.values()) == {3}
     assert max(plan(files, rule=RankRule(most=5)).reduction.ranks.values()) == 5
     path = tmp_path / "small.safetensors"
-    options = MergeOptions(rule=RankRule(size=20_000), family="flux1")
-    merge([file.store() for file in files], None, path, options)
+    stores = [file.store() for file in files]
+    merge(stores, None, path, RankRule(size=20_000), MergeOptions(family="flux1"))
     assert 15_000 < path.stat().st_size <= 20_000
 
 
@@ -287,11 +288,11 @@ def test_the_error_measured_is_that_of_ranks_and_rounding(tmp_path) -> None:
     stores = [flux(seed=seed, dtype=torch.float16).store() for seed in (1, 2)]
     options = MergeOptions(method="svd", family="flux1", verify="full", force=True)
     path = tmp_path / "merged.safetensors"
-    done = merge(stores, [0.7, 0.3], path, options)
+    done = merge(stores, [0.7, 0.3], path, None, options)
     assert done.measured == pytest.approx(done.error, rel=1e-3)
-    exact = merge(stores, [0.7, 0.3], path, replace(options, method="linear"))
+    exact = merge(stores, [0.7, 0.3], path, None, replace(options, method="linear"))
     assert 0 < exact.measured < 2**-9
-    assert merge(stores, [0.7, 0.3], path, replace(options, verify="none")).measured is None
+    assert merge(stores, [0.7, 0.3], path, None, replace(options, verify="none")).measured is None
 
 
 # --- dtypes ---------------------------------------------------------------------------------------
@@ -487,10 +488,10 @@ def test_the_output_is_none_of_the_inputs_unless_forced(tmp_path) -> None:
     paths = [scratch(tmp_path, flux(seed=s), f"{s}.safetensors") for s in (1, 2)]
     options = MergeOptions(family="flux1")
     with pytest.raises(StoreError) as caught:
-        merge(paths, None, paths[1], options)
+        merge(paths, None, paths[1], None, options)
     assert caught.value.code == "exists"
     wanted = summed([flux(seed=1), flux(seed=2)], [1.0, 1.0], "kohya", "flux1")
-    check(merge(paths, None, paths[1], replace(options, force=True)), wanted)
+    check(merge(paths, None, paths[1], None, replace(options, force=True)), wanted)
 
 
 # --- sources, blocks, provenance ------------------------------------------------------------------
@@ -528,8 +529,8 @@ def test_the_metadata_says_what_was_merged_and_how_and_nothing_of_folders(tmp_pa
     first = flux(seed=1)
     first.metadata["ss_network_dim"] = "4"
     paths = [scratch(tmp_path, first, "a.safetensors"), scratch(tmp_path, flux(seed=2), "b.safetensors")]
-    options = MergeOptions(method="ties", density=0.3, rule=RankRule(rank=6), family="flux1")
-    done = merge(paths, [0.8, -0.3], tmp_path / "out.safetensors", options)
+    options = MergeOptions(method="ties", density=0.3, family="flux1")
+    done = merge(paths, [0.8, -0.3], tmp_path / "out.safetensors", RankRule(rank=6), options)
     metadata = output_metadata(done.plan)
     (step,) = json.loads(metadata["adapterkit"])
     assert step == {
@@ -541,7 +542,7 @@ def test_the_metadata_says_what_was_merged_and_how_and_nothing_of_folders(tmp_pa
         "rank": 6,
     }
     assert metadata["ss_network_dim"] == "6"
-    again = merge(paths, [0.8, -0.3], tmp_path / "again.safetensors", options)
+    again = merge(paths, [0.8, -0.3], tmp_path / "again.safetensors", RankRule(rank=6), options)
     assert again.conversion.files[0].read_bytes() == done.conversion.files[0].read_bytes()
 
 

@@ -129,7 +129,6 @@ def merge(
 
     options = MergeOptions(
         method=method,
-        rule=rule,
         blocks=blocks,
         density=density,
         divide=divide,
@@ -145,11 +144,16 @@ def merge(
         verify=verify,
         force=force,
     )
-    return _merge(output, sources, place, plan, options)
+    return _merge(output, sources, None if plan else place, plan, rule, options)
 
 
 def _merge(
-    output: Output, given: Sequence[str], place: str | None, plan: bool, options: MergeOptions
+    output: Output,
+    given: Sequence[str],
+    place: str | None,
+    plan: bool,
+    rule: RankRule,
+    options: MergeOptions,
 ) -> int:
     if not place and not plan:
         raise UsageError(
@@ -161,7 +165,7 @@ def _merge(
 
     sources, strengths = zip(*map(strengthened, given), strict=True)
     with stages(output) as progress:
-        done = merge_all(sources, strengths, None if plan else place, options, progress=progress)
+        done = merge_all(sources, strengths, place, rule, options, progress=progress)
     if output.json:
         output.document("merge", merging_json(done))
     elif output.quiet and done.conversion is not None:

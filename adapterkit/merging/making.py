@@ -29,6 +29,7 @@ from adapterkit.merging.sums import agreed, summed
 from adapterkit.merging.tasks import Task, task_of
 from adapterkit.ranks import CONV, LINEAR
 from adapterkit.reduction import Part
+from adapterkit.resizing import noise_of
 from adapterkit.specs.families import Family, Place
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,8 @@ class Recipe:
     """All that a merge was asked for.
 
     truncates: whether a rank rule holds.  most: the greatest rank that can be wanted, if that is known.
-    settled: whether every module gets that rank, or as much of it as it has.
+    settled: whether every module gets that rank, or as much of it as it has.  noise: whether a rule
+    asks what is noise.
     dtype: of the output's factors; None for the widest of what is added.
     base: the base model, for changes that depend on it.
     """
@@ -53,6 +55,7 @@ class Recipe:
     truncates: bool = False
     most: int | None = None
     settled: bool = False
+    noise: bool = False
     dtype: torch.dtype | None = None
     allow: frozenset[str] = frozenset()
     base: Checkpoint | None = None
@@ -145,9 +148,11 @@ def made_at(recipe: Recipe, place: Place) -> Made:
         _require_consent(recipe, found, tasks)
     if not finite or not decomposes:
         return Made(_total(recipe, found), None, tasks, gram)
+    decomposition = _decomposed(recipe, place, tasks, stack)
     part = Part(
-        decomposition=_decomposed(recipe, place, tasks, stack),
+        decomposition=decomposition,
         shape=_shape(found),
+        noise=noise_of(_total(recipe, found)[0], decomposition) if recipe.noise else 0.0,
         embedding=all(isinstance(c, EmbeddingLowRank) for one in found for c in one.changes),
         dtype=recipe.dtype or _stored(found),
     )
@@ -157,7 +162,7 @@ def made_at(recipe: Recipe, place: Place) -> Made:
 
 def wanted_at(recipe: Recipe, place: Place) -> tuple[Change, ...]:
     """What the method asks for at a place, in float32, before ranks are cut and factors rounded."""
-    wide = replace(recipe, dtype=torch.float32, truncates=False, most=None, settled=False)
+    wide = replace(recipe, dtype=torch.float32, truncates=False, most=None, settled=False, noise=False)
     if recipe.method.way == "sum" and recipe.method.name != "iso-c":
         found = [_prepared(wide, place, one) for one in contributions(wide.inputs, place)]
         return _total(wide, found)

@@ -48,8 +48,7 @@ NOT_THE_FIRST = "another of the same name was kept"
 class MergeOptions:
     """How to merge; every field has a command-line option of its name.
 
-    method: a key of `adapterkit.merging.METHODS`.  rule: which ranks to keep; without a target in it
-    exact methods keep every rank, the others the largest of the inputs'.
+    method: a key of `adapterkit.merging.METHODS`.
     blocks: strengths of parts, `SPEC` for every input or `N:SPEC` for the N-th; see
     `strengths.parse_strengths`.
     density, divide, inner, seed, strength: see `merging.Settings`.
@@ -61,7 +60,6 @@ class MergeOptions:
     """
 
     method: str = "linear"
-    rule: RankRule = field(default_factory=RankRule)
     blocks: Sequence[str] = ()
     density: float = 0.5
     divide: Divide = "strengths"
@@ -126,6 +124,7 @@ class Merging:
 def plan_merge(
     sources: Sequence[Given],
     strengths: Sequence[float] | None = None,
+    rule: RankRule | None = None,
     options: MergeOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -134,13 +133,14 @@ def plan_merge(
 
     Everything is computed but the file: `result.plan.state_dict()` is the merged adapter in memory.
     """
-    return _plan(sources, strengths, options or MergeOptions(), progress)[0]
+    return _plan(sources, strengths, rule or RankRule(), options or MergeOptions(), progress)[0]
 
 
 def merge(
     sources: Sequence[Given],
     strengths: Sequence[float] | None = None,
     output: str | Path | None = None,
+    rule: RankRule | None = None,
     options: MergeOptions | None = None,
     *,
     progress: Progress | None = None,
@@ -149,13 +149,15 @@ def merge(
 
     sources: paths, state dicts, stores, opened files or Adapters, in any formats and of any kinds.
     strengths: one for each, 1 by default.
+    rule: which ranks to keep; without a target in it exact methods keep every rank, the others the
+    largest of the inputs'.
     Nothing is written unless everything can be; the output is read back and compared before it takes
     its name.
     Raises Mismatch for different base models or shapes, Unrepresentable for changes that cannot be
     merged, UsageError for options that make no sense, and what `load`, `make_plan` and the writer raise.
     """
     options = options or MergeOptions()
-    planned, recipe = _plan(sources, strengths, options, progress)
+    planned, recipe = _plan(sources, strengths, rule or RankRule(), options, progress)
     if output is None:
         return planned
     if not options.force:
@@ -169,6 +171,7 @@ def merge(
 def _plan(
     sources: Sequence[Given],
     strengths: Sequence[float] | None,
+    rule: RankRule,
     options: MergeOptions,
     progress: Progress | None,
 ) -> tuple[Merging, Recipe]:
@@ -191,7 +194,7 @@ def _plan(
         allow=planning.allow,
         base=None if options.base is None else open_checkpoint(options.base, adapters[0].family.key),
     )
-    recipe, rule = _with_rule(recipe, options.rule)
+    recipe, rule = _with_rule(recipe, rule)
     made = merged(recipe, progress)
     if not made.changes and all(part.full == 0 for part in made.parts.values()):
         raise Refused(
@@ -299,7 +302,8 @@ def _with_rule(recipe: Recipe, rule: RankRule) -> tuple[Recipe, RankRule]:
     if not given and not recipe.method.exact:
         rule = replace(rule, rank=largest_ranks(recipe))
     truncates = given or rule.most is not None
-    return replace(recipe, truncates=truncates, most=rule.highest, settled=rule.rank is not None), rule
+    settled = rule.rank is not None
+    return replace(recipe, truncates=truncates, most=rule.highest, settled=settled, noise=rule.auto), rule
 
 
 def _whole(
