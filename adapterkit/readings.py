@@ -6,12 +6,13 @@ Headers suffice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
 from adapterkit.errors import Ambiguous, Json, Unrecognized
 from adapterkit.specs.families import ANY, Family, Names, OpenNames, Prefix, families, family
+from adapterkit.specs.layouts import Layout, layouts
 from adapterkit.specs.names import Network, Piece, Row, heads
 from adapterkit.specs.weights import weight_names
 from adapterkit.specs.wrappers import wrappers
@@ -78,6 +79,11 @@ def read(store: Store, family_name: str | None = None) -> Reading:
     good = [reading for reading in ranked if family_name or reading.completeness >= _WHOLE]
     if good:
         return _decided(good, store)
+    if not family_name and _is_adapter(plain.values()):
+        raise Unrecognized(
+            f"{store.label}: an adapter, not a base model",
+            hint="give the model itself: a checkpoint, or a folder of diffusers or transformers",
+        )
     for known in considered:
         if known.open and (family_name or _says(known, store, plain)):
             return Reading(known, _held(known, plain, store), store.tensors)
@@ -251,6 +257,17 @@ def _says(known: Family, store: Store, plain: Mapping[str, str]) -> bool:
     )
     # Without a configuration only a model of a single part can be told.
     return not store.sidecars and len(known.components) == 1 and speaks
+
+
+def _is_adapter(keys: Collection[str]) -> bool:
+    """Whether most keys end as tensors of changes do."""
+    count = sum(any(_is_of_a_change(layout, key) for layout in layouts().values()) for key in keys)
+    return 2 * count > len(keys)
+
+
+def _is_of_a_change(layout: Layout, key: str) -> bool:
+    parted = layout.split(key)
+    return parted is not None and any(s.kind not in ("", "set") and not s.needs for s in parted[1])
 
 
 def _unrecognized(store: Store, ranked: Sequence[Reading]) -> Unrecognized:

@@ -219,6 +219,22 @@ def test_a_relative_of_a_model_is_not_taken_for_it() -> None:
     assert "flux1" in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["kohya, SD 1", "PEFT, Llama"])
+def test_an_adapter_is_called_one(name: str) -> None:
+    stem = (
+        "lora_unet_mid_block_attentions_0_proj_in"
+        if "kohya" in name
+        else "base_model.model.model.layers.0.q_proj"
+    )
+    down, up = ("lora_down", "lora_up") if "kohya" in name else ("lora_A", "lora_B")
+    tensors = {f"{stem}.{down}.weight": torch.zeros(4, 32), f"{stem}.{up}.weight": torch.zeros(32, 4)}
+    if "PEFT" in name:
+        tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(5, 32)
+    with pytest.raises(Unrecognized) as caught:
+        open_checkpoint(tensors)
+    assert "an adapter, not a base model" in caught.value.message
+
+
 @pytest.mark.parametrize("tensors", [{}, {"a.b.weight": torch.zeros(2, 2)}])
 def test_what_is_no_model_is_not_recognized(tensors: Tensors) -> None:
     with pytest.raises(Unrecognized):

@@ -289,6 +289,14 @@ def test_a_format_that_cannot_say_norms_refuses_them() -> None:
     assert "norm" in caught.value.message
 
 
+def test_what_the_format_cannot_say_is_counted_as_lost_when_that_is_allowed() -> None:
+    tuned = everything_moves(UNET)
+    options = ExtractOptions(to="diffusers", full_small=True, only=MIDDLE, allow={"untranslatable"})
+    done = extract(tuned, UNET, rule=RankRule(rank=1), options=options)
+    assert_balances(done, tuned)
+    assert "whole" not in done.tensors.values() and done.left["untranslatable"] > 0
+
+
 def test_the_same_in_both_is_passed_over() -> None:
     wanted = planted(UNET, 2, 0.1, (KEY,))
     done = extract(plus(UNET, wanted), UNET)

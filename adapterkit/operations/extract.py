@@ -76,8 +76,9 @@ class ExtractOptions:
 class Outcome:
     """What became of one line.
 
-    what: "extracted", "whole", "unchanged", "noise" (nothing of it stands out), "nonfinite", or the form
-    of a tensor that was not asked for ("vector", "embedding", "head", "parameter", "experts").
+    what: "extracted", "whole", "unchanged", "noise" (nothing of it stands out), "nonfinite",
+    "untranslatable" (the format cannot say it, by consent), or the form of a tensor that was not asked
+    for ("vector", "embedding", "head", "parameter", "experts").
     rank: of what was extracted.  change: ‖tuned − base‖ / ‖base‖.  energy: ‖tuned − base‖².
     left: the part of the energy that is not in the adapter.
     """
@@ -255,7 +256,8 @@ def _extracted(
     _require_difference(found, settings)
     parts = {one.line.place: _part(one, options, dtype) for one in found if one.decomposition is not None}
     plan, reduction = _planned(pairing, found, parts, rule, options, dtype)
-    outcomes = tuple(_outcome(one, reduction) for one in found)
+    lost = {source.place for source in plan.lost}
+    outcomes = tuple(_outcome(one, reduction, one.line.place in lost) for one in found)
     result = Extraction(pairing, outcomes, plan, reduction, rule, suspicious(found))
     adapter = replace(plan.adapter, receipt=_receipt(result.tensors))
     return replace(result, plan=replace(plan, adapter=adapter, receipt=adapter.receipt))
@@ -414,12 +416,14 @@ _TASKS = {
 }
 
 
-def _outcome(found: Found, reduction: Reduction) -> Outcome:
+def _outcome(found: Found, reduction: Reduction, lost: bool) -> Outcome:
     place, line = found.line.place, found.line
     if not found.energy:
         return Outcome(line, "unchanged", 0, 0.0, 0.0, 0.0)
     if not math.isfinite(found.energy):
         return Outcome(line, "nonfinite", 0, found.change, found.energy, found.energy)
+    if lost:
+        return Outcome(line, "untranslatable", 0, found.change, found.energy, found.energy)
     if found.whole is not None:
         return Outcome(line, "whole", 0, found.change, found.energy, 0.0)
     rank = reduction.ranks.get(place, 0)

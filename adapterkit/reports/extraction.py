@@ -41,6 +41,7 @@ _WHY = {
     "rank": "cut off by the ranks",
     "noise": "no more than rounding",
     "nonfinite": "not finite",
+    "untranslatable": "without a form in the format",
     "unknown": "unknown to the tables",
     "new": "not in the base",
     "nameless": "without a name in the format",
