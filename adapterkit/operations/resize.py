@@ -14,6 +14,7 @@ from adapterkit.checkpoint import Checkpoint, Model, open_checkpoint
 from adapterkit.deltas import Change
 from adapterkit.errors import Json, Refused, Unrepresentable, located
 from adapterkit.linalg.devices import device_of
+from adapterkit.linalg.pool import one_thread
 from adapterkit.operations.convert import Conversion, ConvertOptions, Verify, plan_options, write_plan
 from adapterkit.operations.sources import Source
 from adapterkit.operations.sources import open as open_source
@@ -141,7 +142,9 @@ class Resizable:
 
     def write(self, resized: Resizing, output: str | Path) -> Resizing:
         """Write a resizing of this adapter, and measure the error that the written file makes."""
-        done = write_plan(resized.plan, Path(output), self.options.writing)
+        # Many small tensors: threads inside each would mostly wait for one another.
+        with one_thread():
+            done = write_plan(resized.plan, Path(output), self.options.writing)
         if self.options.verify == "none":
             return replace(resized, conversion=done)
         family = self.source.family.key
