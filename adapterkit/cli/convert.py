@@ -10,9 +10,19 @@ import click
 
 from adapterkit.cli.batch import each, progress, worst
 from adapterkit.cli.inputs import adapters, home, made, results
-from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
+from adapterkit.cli.options import (
+    FORMATS,
+    allow_option,
+    as_json,
+    dtype_option,
+    family_option,
+    manners,
+    require_place,
+    scale_option,
+    writing_options,
+)
 from adapterkit.cli.output import Output
-from adapterkit.errors import AdapterkitError, Json, UsageError
+from adapterkit.errors import AdapterkitError, Json
 
 if TYPE_CHECKING:
     from adapterkit.operations.convert import Conversion, ConvertOptions, Verify
@@ -33,9 +43,7 @@ Outcomes = Sequence[tuple[str, "Conversion | AdapterkitError"]]
 )
 @click.option("-o", "--output", "place", metavar="OUT", help="A file, or a folder (see above).")
 @click.option("--plan", is_flag=True, help="Show the mapping, scale, sizes and losses; write nothing.")
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the factors; default: as they are."
-)
+@dtype_option("as they are")
 @click.option(
     "--as", "kind", type=click.Choice(["lora"]), help="Expand LoHa, LoKr and others exactly to LoRA."
 )
@@ -43,14 +51,7 @@ Outcomes = Sequence[tuple[str, "Conversion | AdapterkitError"]]
 @family_option
 @allow_option
 @scale_option
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "sample", "full"]),
-    default="sample",
-    show_default=True,
-    help="Modules to read back and compare.",
-)
-@click.option("--force", is_flag=True, help="Replace files that exist.")
+@writing_options
 @as_json
 @manners
 @click.pass_obj
@@ -79,10 +80,7 @@ def convert(
     Nothing is lost without consent: what the format cannot say is refused until --allow names it.
     Every output is read back and compared before it takes its name.
     """
-    if not place and not plan:
-        raise UsageError(
-            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
-        )
+    require_place(place, plan)
     found = list(dict.fromkeys(path for source in sources for path in adapters(source)))
     places = {} if plan or place is None else results(found, place, to)
     # From here on torch is needed, which takes a while to load.

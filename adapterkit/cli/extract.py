@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners
+from adapterkit.cli.options import (
+    allow_option,
+    as_json,
+    dtype_option,
+    family_option,
+    manners,
+    require_place,
+    to_option,
+    writing_options,
+)
 from adapterkit.cli.output import Output
 from adapterkit.cli.progress import stages
 from adapterkit.cli.ranks import rank_options
-from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.operations.convert import Verify
@@ -22,13 +30,7 @@ if TYPE_CHECKING:
 @click.argument("tuned", metavar="TUNED")
 @click.argument("base", metavar="BASE")
 @click.option("-o", "--output", "place", metavar="OUT", help="The file or folder to write.")
-@click.option(
-    "--to",
-    callback=FORMATS.optional,
-    shell_complete=FORMATS.complete,
-    metavar="FORMAT",
-    help="Default: kohya; peft for language models.",
-)
+@to_option("Default: kohya; peft for language models.")
 @rank_options
 @click.option("--alpha", type=float, metavar="ALPHA", help="Of every module; default: its rank.")
 @click.option("--full-small", is_flag=True, help="Keep the changes of norms and biases as they are.")
@@ -38,20 +40,11 @@ if TYPE_CHECKING:
 @click.option("--residual", is_flag=True, help="Show what is left out, module by module.")
 @click.option("--exact", is_flag=True, help="Singular values to rounding, not within 0.1 % of the best.")
 @click.option("--device", metavar="NAME", help="Where to compute: cuda, cuda:1, mps; default: the processor.")
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the factors; default: the model's own."
-)
+@dtype_option("the model's own")
 @click.option("--plan", is_flag=True, help="Show what would be compared; read headers only.")
 @family_option
 @allow_option
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "sample", "full"]),
-    default="sample",
-    show_default=True,
-    help="Modules to read back and compare.",
-)
-@click.option("--force", is_flag=True, help="Replace files that exist.")
+@writing_options
 @as_json
 @manners
 @click.pass_obj
@@ -85,10 +78,7 @@ def extract(
     Without a rule, ranks are `--rank auto`: all that stands out of the rounding of the weights, at
     most 128. No number is clamped. What is left out is said, with its share of the difference.
     """
-    if not place and not plan:
-        raise UsageError(
-            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
-        )
+    require_place(place, plan)
     from adapterkit.operations.extract import ExtractOptions
 
     options = ExtractOptions(

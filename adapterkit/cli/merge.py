@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
+from adapterkit.cli.options import (
+    allow_option,
+    as_json,
+    dtype_option,
+    family_option,
+    manners,
+    require_place,
+    scale_option,
+    to_option,
+    writing_options,
+)
 from adapterkit.cli.output import Output
 from adapterkit.cli.progress import stages
 from adapterkit.cli.ranks import rank_options
-from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.merging import Divide, Inner
@@ -68,30 +77,13 @@ _STRENGTH = re.compile(r"(.+)=([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of what DARE drops.")
 @click.option("--base", metavar="MODEL", help="The base model, for DoRA and others that depend on it.")
-@click.option(
-    "--to",
-    callback=FORMATS.optional,
-    shell_complete=FORMATS.complete,
-    metavar="FORMAT",
-    help="Default: that of the first adapter.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of the factors; default: the widest of the adapters'.",
-)
+@to_option("Default: that of the first adapter.")
+@dtype_option("the widest of the adapters'")
 @click.option("--plan", is_flag=True, help="Compute all and show it; write nothing.")
 @family_option
 @allow_option
 @scale_option
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "sample", "full"]),
-    default="sample",
-    show_default=True,
-    help="Modules to read back and compare.",
-)
-@click.option("--force", is_flag=True, help="Replace files that exist.")
+@writing_options
 @as_json
 @manners
 @click.pass_obj
@@ -155,10 +147,7 @@ def _merge(
     rule: RankRule,
     options: MergeOptions,
 ) -> int:
-    if not place and not plan:
-        raise UsageError(
-            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
-        )
+    require_place(place, plan)
     from adapterkit.operations.merge import merge as merge_all
     from adapterkit.reports.conversion import conversion_line
     from adapterkit.reports.merging import merging_json, merging_report

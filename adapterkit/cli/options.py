@@ -139,3 +139,39 @@ def scale_option(function: Function) -> Function:
         help="Which scale holds where tensors and configuration differ.",
     )
     return option(function)
+
+
+def to_option(help: str) -> Callable[[Function], Function]:
+    """--to for commands that have a format of their own to fall back on."""
+    return click.option(
+        "--to", callback=FORMATS.optional, shell_complete=FORMATS.complete, metavar="FORMAT", help=help
+    )
+
+
+def dtype_option(default: str) -> Callable[[Function], Function]:
+    return click.option(
+        "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help=f"Of the factors; default: {default}."
+    )
+
+
+def writing_options(function: Function) -> Function:
+    """How a result is written: what is read back of it, and whether it may replace a file."""
+    verify: Callable[[Function], Function] = click.option(
+        "--verify",
+        type=click.Choice(["none", "sample", "full"]),
+        default="sample",
+        show_default=True,
+        help="Modules to read back and compare.",
+    )
+    force: Callable[[Function], Function] = click.option(
+        "--force", is_flag=True, help="Replace files that exist."
+    )
+    return verify(force(function))
+
+
+def require_place(place: str | None, plan: bool) -> None:
+    """UsageError where a result is to be written and -o does not say where."""
+    if not place and not plan:
+        raise UsageError(
+            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
+        )

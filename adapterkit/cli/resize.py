@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.inputs import made, stem
-from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
+from adapterkit.cli.options import (
+    allow_option,
+    as_json,
+    dtype_option,
+    family_option,
+    manners,
+    require_place,
+    scale_option,
+    to_option,
+    writing_options,
+)
 from adapterkit.cli.output import Output
 from adapterkit.cli.progress import stages
 from adapterkit.cli.ranks import several_rank_options
@@ -27,16 +37,8 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="FILE")
 @click.option("-o", "--output", "place", metavar="OUT", help="A file, or a folder (see above).")
 @several_rank_options
-@click.option(
-    "--to",
-    callback=FORMATS.optional,
-    shell_complete=FORMATS.complete,
-    metavar="FORMAT",
-    help="Another format than the file's own.",
-)
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of the factors; default: as they are."
-)
+@to_option("Another format than the file's own.")
+@dtype_option("as they are")
 @click.option(
     "--base", metavar="MODEL", help="The model it changes: errors relative to its weights; for DoRA."
 )
@@ -46,14 +48,7 @@ if TYPE_CHECKING:
 @family_option
 @allow_option
 @scale_option
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "sample", "full"]),
-    default="sample",
-    show_default=True,
-    help="Modules to read back and compare.",
-)
-@click.option("--force", is_flag=True, help="Replace files that exist.")
+@writing_options
 @as_json
 @manners
 @click.pass_obj
@@ -84,10 +79,7 @@ def resize(
     slash, OUT is a folder that is made if it is missing, and the results are called
     NAME.rank16.safetensors, NAME.50MB.safetensors and so on.
     """
-    if not place and not plan:
-        raise UsageError(
-            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
-        )
+    require_place(place, plan)
     # From here on torch is needed, which takes a while to load.
     from adapterkit.operations.resize import ResizeOptions, resizable
 

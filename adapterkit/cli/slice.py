@@ -6,9 +6,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.options import FORMATS, allow_option, as_json, family_option, manners, scale_option
+from adapterkit.cli.options import (
+    allow_option,
+    as_json,
+    family_option,
+    manners,
+    require_place,
+    scale_option,
+    to_option,
+    writing_options,
+)
 from adapterkit.cli.output import Output
-from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.dylora import TrainedBy
@@ -31,13 +39,7 @@ if TYPE_CHECKING:
     type=click.Choice(["kohya", "lycoris", "other"]),
     help="Whose DyLoRA it is, where the file does not say.",
 )
-@click.option(
-    "--to",
-    callback=FORMATS.optional,
-    shell_complete=FORMATS.complete,
-    metavar="FORMAT",
-    help="Another format than the file's own.",
-)
+@to_option("Another format than the file's own.")
 @click.option(
     "--as", "kind", type=click.Choice(["lora"]), help="Expand LoHa, LoKr and others exactly to LoRA."
 )
@@ -45,14 +47,7 @@ if TYPE_CHECKING:
 @family_option
 @allow_option
 @scale_option
-@click.option(
-    "--verify",
-    type=click.Choice(["none", "sample", "full"]),
-    default="sample",
-    show_default=True,
-    help="Modules to read back and compare.",
-)
-@click.option("--force", is_flag=True, help="Replace files that exist.")
+@writing_options
 @as_json
 @manners
 @click.pass_obj
@@ -83,10 +78,7 @@ def slice(
 
     All of it is exact: strengths go into the scale, and fused tensors are cut between their parts.
     """
-    if not place and not plan:
-        raise UsageError(
-            "where to? OUT is missing", hint="-o OUT names it, and --plan only shows what would be"
-        )
+    require_place(place, plan)
     from adapterkit.operations.slice import SliceOptions, plan_slice
     from adapterkit.operations.slice import slice as slice_one
     from adapterkit.reports.slicing import slicing_json, slicing_line, slicing_report
