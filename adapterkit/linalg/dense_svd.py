@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from adapterkit.linalg.decomposition import Decomposition, Vectors, fix_signs
-from adapterkit.linalg.factorisations import NotConverged, cholesky, eigh, inverses, require_finite, svd, wide
+from adapterkit.linalg.factorisations import (
+    NotConverged,
+    cholesky,
+    eigh,
+    inverses,
+    placed,
+    require_finite,
+    svd,
+    wide,
+)
 
 # Steps after which a subspace that has not converged is left for the exact way.
 _STEPS = 60
@@ -175,7 +184,7 @@ def _by_lengths(flat: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
     values, order = torch.linalg.vector_norm(right, dim=1).sort(descending=True, stable=True)
     values = torch.where(values > flat.shape[1] * 1e-16 * values[0], values, 0.0)
     left, right = left[:, order] * (values > 0), inverses(values)[:, None] * right[order]
-    return values, left.to(flat.device), right.to(flat.device)
+    return values, placed(left, flat.device), placed(right, flat.device)
 
 
 def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +194,7 @@ def _blocks(flat: Tensor) -> tuple[Tensor, ...]:
 
 def _by_svd(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     u, values, vt = svd(wide(flat))
-    return values[:rank], u[:, :rank].to(flat.device), vt[:rank].to(flat.device)
+    return values[:rank], placed(u[:, :rank], flat.device), placed(vt[:rank], flat.device)
 
 
 def _leading(u: Tensor, vt: Tensor) -> Vectors:

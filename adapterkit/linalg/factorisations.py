@@ -19,6 +19,11 @@ def wide(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()
 
 
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, in float32 where it has no float64."""
+    return (tensor.float() if device.type == "mps" else tensor).to(device)
+
+
 def inverses(numbers: Tensor) -> Tensor:
     """1 / x, and 0 where x is 0: what does not exist does not count."""
     return torch.where(numbers > 0, 1.0 / numbers, 0.0)

@@ -71,8 +71,8 @@ def _together(pairs: Sequence[tuple[Tensor, Tensor]], most: int | None) -> list[
     found: dict[int, Decomposition] = {}
     for places in _batches(pairs):
         ups, downs = (torch.stack(side) for side in zip(*(_narrow(*pairs[p]) for p in places), strict=True))
-        rows, columns = (gram.cpu() for gram in grams(ups, downs))
-        cores = list(zip(places, ups, downs, rows, columns, strict=True))
+        both = (gram.cpu() for gram in grams(ups, downs))
+        cores = list(zip(places, ups, downs, *both, strict=True))
         made = each(lambda core: _decomposition(lambda: pairs[core[0]], *core[1:], most), cores)
         found.update(zip(places, made, strict=True))
     return [found[place] for place in range(len(pairs))]
@@ -120,7 +120,8 @@ def _gram(tall: Tensor) -> Tensor:
 def _decomposition(
     factors: Factors, up: Tensor, down: Tensor, rows: Tensor, columns: Tensor, most: int | None
 ) -> Decomposition:
-    """From the factors and their Gram matrices."""
+    """From the factors and their Gram matrices; what is of the size of the rank is done on the CPU."""
+    rows, columns = rows.cpu(), columns.cpu()
     # Squares cannot cancel: a number that is not finite shows in the diagonal.
     require_finite(float((rows.diagonal() + columns.diagonal()).sum()))
     wanted = min(rows.shape[0], rows.shape[0] if most is None else most)
@@ -137,8 +138,7 @@ def _decomposition(
     def vectors(rank: int) -> tuple[Tensor, Tensor]:
         up, down = map(wide, _narrow(*factors()))
         u = up @ combination[:, :rank].to(up.device)
-        # The rows belonging to u, projected rather than combined: half the memory to keep, and what
-        # is lost of one is not made up by the other.
+        # Projected rather than combined as well: that leaves half as much to keep for each module.
         vt = inverses(values[:rank, None]).to(up.device) * ((up.T @ u).T @ down)
         return fix_signs(u, vt)
 
