@@ -96,7 +96,8 @@ def resize(
         force=force,
     )
     with stages(output) as progress:
-        asked = () if plan else rules
+        # The plan's table goes up to the highest rank there is.
+        asked = (RankRule(), *rules) if plan else rules
         ready = resizable(source, options, rules=asked, progress=progress)
         if plan or place is None:
             return _plan(output, source, ready, rules)
