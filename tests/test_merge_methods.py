@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from adapterkit.cli import merge as command
-from adapterkit.errors import UsageError
-from adapterkit.linalg.product_svd import product_svd
+from adapterkit.errors import Refused, UsageError
+from adapterkit.linalg.product_svd import gram, product_svd, truncated_svd
 from adapterkit.merging import METHODS, Settings
 from adapterkit.merging.elementwise import combined
 from adapterkit.merging.interference import Meeting, inner_products
@@ -265,3 +265,54 @@ def test_cosines_and_what_the_sum_keeps_are_those_of_the_deltas() -> None:
     total = 0.8 * first - 0.3 * second
     assert found.kept() == pytest.approx(total @ total / apart, rel=1e-5)
     assert found.blocks == ("A", "B")
+
+
+# --- truncating a sum of many ranks in float32 -----------------------------------------------------
+
+
+def stacked(*ranks: int, fall: float = 0.6, shape: tuple[int, int] = (96, 80)):
+    """Factors of several adapters side by side, whose columns fall, in float32."""
+    generator = torch.Generator().manual_seed(len(ranks))
+    ups = [
+        torch.randn(shape[0], rank, generator=generator) * torch.arange(1, rank + 1) ** -fall
+        for rank in ranks
+    ]
+    up = torch.cat(ups, dim=1)
+    return up, torch.randn(up.shape[1], shape[1], generator=generator)
+
+
+@pytest.mark.parametrize("most", [4, 8, 16])
+@pytest.mark.parametrize("ranks", [(16, 16), (12, 8, 20), (20, 20, 20)])
+@pytest.mark.parametrize("balance", [1.0, 1e-3, 1e4])
+def test_truncation_in_float32_leaves_out_no_more_than_it_must(ranks, most, balance) -> None:
+    up, down = stacked(*ranks)
+    up, down = up * balance, down / balance
+    found = truncated_svd(up, down, most, (gram(up), gram(down.T)))
+    assert found is not None
+    whole = up.double() @ down.double()
+    values = np.linalg.svd(whole.numpy(), compute_uv=False)
+    least = np.sqrt((values[most:] ** 2).sum())
+    u, v = found.factors(most)
+    left = float((whole - u.double() @ v.double()).norm())
+    assert left <= least * (1 + 1e-6)
+    assert found.error(most) == pytest.approx(least / np.linalg.norm(values), rel=1e-5)
+    assert found.values.numpy() == pytest.approx(values[:most], rel=1e-4)
+
+
+def test_where_little_is_left_out_float32_is_not_trusted() -> None:
+    up, down = stacked(16, fall=3.0)
+    both = torch.cat([up, up], dim=1), torch.cat([down, down])
+    assert truncated_svd(*both, 16, (gram(both[0]), gram(both[1].T))) is None
+    nearly = torch.cat([up, -up * (1 - 1e-3)], dim=1), torch.cat([down, down])
+    assert truncated_svd(*nearly, 8, (gram(nearly[0]), gram(nearly[1].T))) is None
+
+
+def test_ranks_that_add_nothing_and_numbers_that_are_none() -> None:
+    up, down = stacked(16, 16)
+    up[:, 3] = 0
+    found = truncated_svd(up, down, 8, (gram(up), gram(down.T)))
+    values = np.linalg.svd((up.double() @ down.double()).numpy(), compute_uv=False)
+    assert found.values.numpy() == pytest.approx(values[:8], rel=1e-4)
+    up[0, 0] = float("nan")
+    with pytest.raises(Refused):
+        truncated_svd(up, down, 8, (gram(up), gram(down.T)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapterkit.linalg.decomposition import Decomposition, fix_signs
 from adapterkit.linalg.factorisations import NotConverged, cholesky, eigh, inverses, require_finite, svd, wide
-from adapterkit.linalg.pool import each
+from adapterkit.linalg.pool import each, on_one_thread
 
 Factors = Callable[[], tuple[Tensor, Tensor]]
 
@@ -59,9 +59,7 @@ def factored_svd(
     return _decomposition(factors, up, down, rows, columns, most)
 
 
-def truncated_svd(
-    up: Tensor, down: Tensor, most: int, known: tuple[Tensor, Tensor]
-) -> Decomposition | None:
+def truncated_svd(up: Tensor, down: Tensor, most: int, known: tuple[Tensor, Tensor]) -> Decomposition | None:
     """The `most` leading values of up (o, r) @ down (r, n), both in float32, vectors included.
 
     A third of the time of `factored_svd`, for products that are cut to few of many ranks.  None where
@@ -73,23 +71,21 @@ def truncated_svd(
     rows, columns = (gram.double() for gram in known)
     require_finite(float((rows.diagonal() + columns.diagonal()).sum()))
     balance = _balance(rows.diagonal(), columns.diagonal())
-    left, right = _balanced_grams(rows, columns, balance)
+    left, right, doubt = _balanced_grams(rows, columns, balance)
     lower = cholesky(right)
     if lower is None:
         return None
     squares, turn = eigh(lower.T @ left @ lower)
     energy = float((rows * columns).sum())
     beyond = energy - float(squares[:most].sum())
-    if most >= squares.numel() or beyond < _SEEN * float(left.norm() * right.norm()):
+    if most >= squares.numel() or beyond < _SEEN * doubt:
         return None
     values = squares[:most].clamp_min(0.0).sqrt()
     combination = balance[:, None] * (lower @ turn[:, :most]) * inverses(values)
     u = up @ combination.float()
     vt = inverses(values[:, None]).float() * ((up.T @ u).T @ down)
     u, vt = fix_signs(u, vt)
-    return Decomposition(
-        values, energy, (up.shape[0], down.shape[1]), lambda rank: (u[:, :rank], vt[:rank])
-    )
+    return Decomposition(values, energy, (up.shape[0], down.shape[1]), lambda rank: (u[:, :rank], vt[:rank]))
 
 
 def product_svds(pairs: Sequence[tuple[Tensor, Tensor]], most: int | None = None) -> list[Decomposition]:
@@ -137,20 +133,20 @@ def _narrow(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 def grams(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """upᵀ up and down downᵀ (…, r, r) in float64."""
-    return _gram(wide(up)), _gram(wide(down).mT)
+    return gram(wide(up)), gram(wide(down).mT)
 
 
-def _gram(tall: Tensor) -> Tensor:
+def gram(tall: Tensor) -> Tensor:
     """tallᵀ tall, of which a block beside the diagonal is multiplied once and not twice."""
     width = tall.shape[-1]
     if width <= _UNDIVIDED:
         return tall.mT @ tall
-    gram, half = tall.new_empty(*tall.shape[:-2], width, width), width // 2
+    found, half = tall.new_empty(*tall.shape[:-2], width, width), width // 2
     first, second = tall[..., :half], tall[..., half:]
-    gram[..., :half, :half], gram[..., half:, half:] = _gram(first), _gram(second)
-    gram[..., :half, half:] = first.mT @ second
-    gram[..., half:, :half] = gram[..., :half, half:].mT
-    return gram
+    found[..., :half, :half], found[..., half:, half:] = gram(first), gram(second)
+    found[..., :half, half:] = first.mT @ second
+    found[..., half:, :half] = found[..., :half, half:].mT
+    return found
 
 
 def _decomposition(
@@ -171,6 +167,7 @@ def _decomposition(
         return _exactly(factors, up, down, balance, wanted)
     values, energy, combination = core
 
+    @on_one_thread
     def vectors(rank: int) -> tuple[Tensor, Tensor]:
         up, down = map(wide, _narrow(*factors()))
         u = up @ combination[:, :rank].to(up.device)
@@ -199,8 +196,7 @@ def _gram_core(
     With columns = L Lᵀ, the eigenvalues of Lᵀ rows L are the squares of the singular values: two
     multiplications and one eigenproblem, and no inverse.
     """
-    left, right = _balanced_grams(rows, columns, balance)
-    doubt = float(left.norm() * right.norm())
+    left, right, doubt = _balanced_grams(rows, columns, balance)
     lower = cholesky(right)
     if lower is None:
         return None
@@ -214,13 +210,17 @@ def _gram_core(
     return values[:wanted].clone(), float(values.square().sum()), combination
 
 
-def _balanced_grams(rows: Tensor, columns: Tensor, balance: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrices of balanced factors; 1 in the diagonal of the second for ranks that add nothing."""
+def _balanced_grams(rows: Tensor, columns: Tensor, balance: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The Gram matrices of balanced factors, and the product of their norms, to which they are known.
+
+    In the diagonal of the second there is 1 for ranks that add nothing.
+    """
     inverse = inverses(balance)
     left = rows * balance[:, None] * balance
     right = columns * inverse[:, None] * inverse
+    doubt = float(left.norm() * right.norm())
     right.diagonal()[balance == 0] = 1.0
-    return left, right
+    return left, right, doubt
 
 
 def _exactly(factors: Factors, up: Tensor, down: Tensor, balance: Tensor, wanted: int) -> Decomposition:
@@ -232,6 +232,7 @@ def _exactly(factors: Factors, up: Tensor, down: Tensor, balance: Tensor, wanted
     values = torch.where(values > _NOTHING * max(up.shape[0], down.shape[1]) * doubt, values, 0.0)
     kept_up, kept_down = turn_up[:, :wanted].clone(), turn_down[:wanted].clone()
 
+    @on_one_thread
     def vectors(rank: int) -> tuple[Tensor, Tensor]:
         up, down = _balanced(*_narrow(*factors()), balance)
         rank = min(rank, wanted)

@@ -17,7 +17,7 @@ from adapterkit.errors import Mismatch, Refused, Unrepresentable, located
 from adapterkit.linalg.decomposition import Decomposition
 from adapterkit.linalg.dense_svd import dense_svd
 from adapterkit.linalg.pool import each
-from adapterkit.linalg.product_svd import factored_svd
+from adapterkit.linalg.product_svd import factored_svd, truncated_svd
 from adapterkit.merging.elementwise import combined, sum_of
 from adapterkit.merging.inputs import Contribution, Input, contributions, natives, places
 from adapterkit.merging.interference import Interference, Meeting, inner_products
@@ -139,7 +139,8 @@ def made_at(recipe: Recipe, place: Place) -> Made:
     if not tasks:
         return Made(_other(recipe, place, found), None, (), None)
     _require_one_shape(found, tasks)
-    stack = Stack(tasks)
+    quickly = recipe.settled and recipe.method.name != "iso-c"
+    stack = Stack(tasks, torch.float32 if quickly else torch.float64)
     decomposes = _decomposes(recipe, found, tasks)
     sums = decomposes and recipe.method.way == "sum"
     gram = stack.inner_products() if sums else inner_products(tasks)
@@ -259,12 +260,17 @@ def _sum(recipe: Recipe, tasks: Sequence[Task], stack: Stack, most: int | None) 
     short, rank = min(tasks[0].up.shape[0], tasks[0].down.shape[1]), _total_rank(tasks)
     if most is not None and rank > max(_MANY_RANKS * short, 2 * most):
         return _dense(sum_of([task.dense() * task.strength for task in tasks]), most)
-    found = factored_svd(stack.factors, most, stack.grams)
-    if recipe.settled and most is not None:
-        # All vectors will be wanted: they are made while the factors are there.
-        u, vt = (part.float() for part in found.vectors(found.rank))
-        found = replace(found, vectors=lambda rank: (u[:, :rank], vt[:rank]))
-    return found
+    if not recipe.settled or most is None:
+        return factored_svd(stack.factors, most, stack.grams)
+    # All vectors will be wanted, so they are made while the factors are there.
+    quick = truncated_svd(*stack.factors(), most, stack.grams)
+    if quick is not None:
+        return quick
+    exact = Stack(tasks)
+    found = factored_svd(exact.factors, most)
+    u, vt = (part.float() for part in found.vectors(found.rank))
+    exact.release()
+    return replace(found, vectors=lambda rank: (u[:, :rank], vt[:rank]))
 
 
 def _dense(matrix: Tensor, most: int | None) -> Decomposition:

@@ -9,38 +9,43 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from adapterkit.linalg.product_svd import grams
-from adapterkit.merging.tasks import Task
+from adapterkit.linalg.product_svd import gram
+from adapterkit.merging.tasks import Task, cast
 
 
 @dataclass(eq=False)
 class Stack:
-    """Made when they are asked for and held until they are released; made again when asked for later."""
+    """Made when they are asked for and held until they are released; made again when asked for later.
+
+    dtype: float64; float32 where that does.
+    """
 
     tasks: Sequence[Task]
+    dtype: torch.dtype = torch.float64
     _factors: tuple[Tensor, Tensor] | None = field(default=None, init=False)
     _grams: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up (o, R), down (R, n)) in float64, scales and strengths in up: their product is the sum."""
+        """(up (o, R), down (R, n)), scales and strengths in up: their product is the weighted sum."""
         if self._factors is None:
-            pairs = [task.factors() for task in self.tasks]
-            ups = [up.mul_(task.strength) for (up, _), task in zip(pairs, self.tasks, strict=True)]
-            self._factors = torch.cat(ups, dim=1), torch.cat([down for _, down in pairs])
+            ups = [cast(task.up, self.dtype) * (task.scale * task.strength) for task in self.tasks]
+            downs = [cast(task.down, self.dtype) for task in self.tasks]
+            self._factors = torch.cat(ups, dim=1), torch.cat(downs)
         return self._factors
 
     @property
     def grams(self) -> tuple[Tensor, Tensor]:
         """upᵀ up and down downᵀ, (R, R)."""
         if self._grams is None:
-            self._grams = grams(*self.factors())
+            up, down = self.factors()
+            self._grams = gram(up), gram(down.T)
         return self._grams
 
     def inner_products(self) -> Tensor:
         """(T, T) of the tasks' deltas at strength 1, from the Gram matrices."""
         rows, columns = self.grams
         strengths = torch.tensor([task.strength for task in self.tasks], dtype=torch.float64)
-        products = (rows * columns).cpu()
+        products = (rows.double() * columns).cpu()
         ends = list(accumulate((task.rank for task in self.tasks), initial=0))
         blocks = [
             [float(products[first:last, start:stop].sum()) for start, stop in pairwise(ends)]
