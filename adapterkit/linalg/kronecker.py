@@ -9,6 +9,7 @@ from adapterkit.errors import Mismatch
 from adapterkit.linalg.decomposition import Decomposition, fix_signs
 from adapterkit.linalg.dense_svd import dense_svd
 from adapterkit.linalg.factorisations import require_finite, svd, wide
+from adapterkit.linalg.pool import on_one_thread
 
 
 def kronecker_svd(w1: Tensor, w2: Tensor, most: int | None = None) -> Decomposition:
@@ -26,6 +27,7 @@ def kronecker_svd(w1: Tensor, w2: Tensor, most: int | None = None) -> Decomposit
     kept = order[: products.numel() if most is None else most]
     values = products[: kept.numel()].clone()
 
+    @on_one_thread
     def vectors(rank: int) -> tuple[Tensor, Tensor]:
         i, j = kept[:rank] // values2.numel(), kept[:rank] % values2.numel()
         there = values[:rank] > 0

@@ -7,6 +7,7 @@ the number of its threads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ def one_thread() -> Iterator[int]:
         yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+def on_one_thread(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """The function, its small multiplications on one thread wherever it is called from."""
+
+    @functools.wraps(function)
+    def alone(item: Item) -> Result:
+        with one_thread():
+            return function(item)
+
+    return alone
 
 
 def each(
