@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
     from adapterkit.errors import AdapterkitError
+    from adapterkit.operations.bake import BakeOptions, bake, plan_baking
+    from adapterkit.operations.bake_files import Baking
     from adapterkit.operations.catalogue import explain, formats
     from adapterkit.operations.convert import Conversion, ConvertOptions, convert, plan_conversion, save
     from adapterkit.operations.diff import Comparison, diff
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.operations.resize import Resizable, ResizeOptions, Resizing, resizable, resize
     from adapterkit.operations.slice import SliceOptions, Slicing, plan_slice, slice
     from adapterkit.operations.sources import Opened, load, open
+    from adapterkit.operations.unbake import restore
     from adapterkit.ranks import RankRule
 
 __version__ = "0.1.0"
@@ -31,6 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterkitError",
+    "BakeOptions",
+    "Baking",
     "Comparison",
     "Conversion",
     "ConvertOptions",
@@ -46,6 +51,7 @@ __all__ = [
     "Resizing",
     "SliceOptions",
     "Slicing",
+    "bake",
     "convert",
     "diff",
     "explain",
@@ -55,12 +61,14 @@ __all__ = [
     "load",
     "merge",
     "open",
+    "plan_baking",
     "plan_conversion",
     "plan_extraction",
     "plan_merge",
     "plan_slice",
     "resizable",
     "resize",
+    "restore",
     "save",
     "slice",
 ]
@@ -68,6 +76,8 @@ __all__ = [
 _HOMES = {
     "Adapter": "adapterkit.adapter",
     "AdapterkitError": "adapterkit.errors",
+    "BakeOptions": "adapterkit.operations.bake",
+    "Baking": "adapterkit.operations.bake_files",
     "Comparison": "adapterkit.operations.diff",
     "Conversion": "adapterkit.operations.convert",
     "ConvertOptions": "adapterkit.operations.convert",
@@ -83,6 +93,7 @@ _HOMES = {
     "Resizing": "adapterkit.operations.resize",
     "SliceOptions": "adapterkit.operations.slice",
     "Slicing": "adapterkit.operations.slice",
+    "bake": "adapterkit.operations.bake",
     "convert": "adapterkit.operations.convert",
     "diff": "adapterkit.operations.diff",
     "explain": "adapterkit.operations.catalogue",
@@ -92,12 +103,14 @@ _HOMES = {
     "load": "adapterkit.operations.sources",
     "merge": "adapterkit.operations.merge",
     "open": "adapterkit.operations.sources",
+    "plan_baking": "adapterkit.operations.bake",
     "plan_conversion": "adapterkit.operations.convert",
     "plan_extraction": "adapterkit.operations.extract",
     "plan_merge": "adapterkit.operations.merge",
     "plan_slice": "adapterkit.operations.slice",
     "resizable": "adapterkit.operations.resize",
     "resize": "adapterkit.operations.resize",
+    "restore": "adapterkit.operations.unbake",
     "save": "adapterkit.operations.convert",
     "slice": "adapterkit.operations.slice",
 }

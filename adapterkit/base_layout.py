@@ -87,6 +87,7 @@ def layout_of(store: Store) -> BaseLayout:
     )
     if root is None:
         return BaseLayout(None, files)
+    files = tuple(sorted(files, key=lambda file: file.name))
     folders = {str(PurePosixPath(file.name).parent): file.front for file in files}
     indexes = dict(_indexes(root, store, folders))
     taken = {*(file.source for file in files), *(path for path, _ in indexes.values())}

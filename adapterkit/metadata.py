@@ -35,6 +35,12 @@ def output_metadata(plan: Plan) -> dict[str, str]:
     return metadata
 
 
+def drop_hashes(metadata: dict[str, str]) -> None:
+    """Leave out hashes of the tensors, which are others now."""
+    for key in _TENSOR_HASHES:
+        metadata.pop(key, None)
+
+
 def renew_hashes(metadata: dict[str, str]) -> None:
     """Let hashes of the tensors be filled in by the writer, where the file has any."""
     for key in _TENSOR_HASHES:

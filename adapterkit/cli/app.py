@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterkit import __version__
-from adapterkit.cli import catalogue, convert, diff, extract, inspect, merge, resize, slice
+from adapterkit.cli import bake, catalogue, convert, diff, extract, inspect, merge, resize, slice
 from adapterkit.cli.options import manners
 from adapterkit.cli.output import Output
 from adapterkit.errors import UsageError
@@ -70,6 +70,7 @@ for command in (
     extract.extract,
     resize.resize,
     slice.slice,
+    bake.bake,
     catalogue.formats,
     catalogue.explain,
 ):

@@ -37,3 +37,24 @@ def stages(output: Output) -> Iterator[Progress | None]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield progress
+
+
+@contextmanager
+def bytes_done(output: Output) -> Iterator[Progress | None]:
+    """A bar of bytes with their rate, on stderr where somebody sees it, else None."""
+    console = output.progress_console()
+    if console is None:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("")
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield progress

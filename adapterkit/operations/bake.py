@@ -34,6 +34,7 @@ def bake(
     adapters: Sequence[Given | tuple[Given, float]],
     output: str | Path | None = None,
     options: BakeOptions | None = None,
+    *,
     progress: Progress | None = None,
 ) -> Baking:
     """Write base + Σ strength · change in the base's own files, or compute it in memory.

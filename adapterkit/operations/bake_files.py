@@ -17,7 +17,7 @@ from adapterkit.baking import BakePlan, together
 from adapterkit.base_layout import OutFile, config_path, edited_json, index_json
 from adapterkit.derived import PROVENANCE, history
 from adapterkit.errors import Json, Refused
-from adapterkit.metadata import renew_hashes
+from adapterkit.metadata import drop_hashes, renew_hashes
 from adapterkit.operations.bake_inputs import Job
 from adapterkit.stores import TensorInfo, Written, write_safetensors
 from adapterkit.stores.atomic import replacing
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # Less of the changes than this is no bake any more.
 LEAST_KEPT = 0.5
 UNDO_SUFFIX = ".undo"
+# Of a block, every so many rows are measured: looking at all would take as long as baking.
+_EVERY = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Baking:
 
 def in_memory(job: Job) -> Baking:
     """The tensors of the output; those that are as they were are the base's own."""
-    survival = Survival()
+    survival = Survival(_EVERY)
     stream = Stream(job.plan, _manner(job), survival)
     with closing(stream.contents([*job.plan.tensors])) as contents:
         made = {key: content for key, content in contents if not isinstance(content, bytes | memoryview)}
@@ -73,7 +75,7 @@ def in_memory(job: Job) -> Baking:
 
 def write_file(job: Job, output: Path) -> Baking:
     """Write the one file of a base that is one."""
-    survival, told = Survival(), _Told(job)
+    survival, told = Survival(_EVERY), _Told(job)
     overwrite = job.options.force or job.options.in_place
     (file,) = job.files
     name = file.source.name if file.source is not None else output.name
@@ -118,7 +120,7 @@ def write_folder(job: Job, output: Path) -> Baking:
                 told(sum(job.plan.header[key].nbytes for key in file.keys))
                 continue
             (partial.path / file.name).parent.mkdir(parents=True, exist_ok=True)
-            survival = Survival()
+            survival = Survival(_EVERY)
             written = _write(job, file, partial.path / file.name, survival, undoing, told, True, None)
             partial.finish(file.name, _noted(written, survival))
         kept, advice = _read_back(partial)
@@ -174,14 +176,22 @@ def _write(
     stream = Stream(job.plan, _manner(job), survival, noting, told)
     with closing(stream.contents(file.keys)) as contents:
         named = ((file.plain(key), content) for key, content in contents)
-        return write_safetensors(path, infos, named, _metadata(job, file), overwrite=overwrite, check=check)
+        return write_safetensors(
+            path,
+            infos,
+            named,
+            _metadata(job, file),
+            overwrite=overwrite,
+            check=check,
+            hashed=job.options.hashes,
+        )
 
 
 def _metadata(job: Job, file: OutFile) -> dict[str, str]:
     """The base's, with what was baked into it."""
     metadata = {"format": "pt", **file.metadata}
     metadata[PROVENANCE] = history(file.metadata, "bake", job.facts)
-    renew_hashes(metadata)
+    (renew_hashes if job.options.hashes else drop_hashes)(metadata)
     return metadata
 
 

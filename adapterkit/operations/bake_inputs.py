@@ -43,8 +43,11 @@ class BakeOptions:
     dtype: "fp32", "fp16", "bf16" or "fp8", of the tensors that change; None: each keeps its own.
     rounding: "nearest", or "stochastic" with a seed.
     dequantize: read a quantised base as bf16.
+    device: where to compute, such as "cuda"; None: the processor, which also stands in for a device that
+    is not there.
     family: the base model, where its names do not tell.  scale_from: see `load`.
     allow: "absent", "precision", "nonfinite", "passengers", "unclaimed", "incomplete".
+    hashes: tell the SHA-256 of what is written and of the adapters; without them it is quicker.
     keep_undo: write what changed beside the output, so that the base can be had back byte for byte.
     resume: go on with what an earlier run finished.
     in_place: let the output take the place of the base.  force: replace files that exist.
@@ -55,9 +58,11 @@ class BakeOptions:
     rounding: Rounding = "nearest"
     seed: int = 0
     dequantize: bool = False
+    device: str | None = None
     family: str | None = None
     scale_from: ScaleFrom | None = None
     allow: Collection[str] = field(default_factory=frozenset)
+    hashes: bool = True
     keep_undo: bool = False
     resume: bool = False
     in_place: bool = False
@@ -260,7 +265,11 @@ def _facts(plan: BakePlan, options: BakeOptions) -> dict[str, Json]:
     facts: dict[str, Json] = {
         "base": shown(path.name) if path is not None else None,
         "adapters": [
-            {"name": one.name, "strength": one.strength, "sha256": list[Json](_hashes(one.adapter.store))}
+            {
+                "name": one.name,
+                "strength": one.strength,
+                "sha256": list[Json](_hashes(one.adapter.store, options)),
+            }
             for one in plan.ingredients
         ],
         "blocks": list[Json](options.blocks),
@@ -270,8 +279,8 @@ def _facts(plan: BakePlan, options: BakeOptions) -> dict[str, Json]:
     return facts
 
 
-def _hashes(store: Store | None) -> Iterator[str]:
-    for _, file in store.files() if store is not None else ():
+def _hashes(store: Store | None, options: BakeOptions) -> Iterator[str]:
+    for _, file in store.files() if store is not None and options.hashes else ():
         if file.path is not None:
             with file.path.open("rb") as stream:
                 yield hashlib.file_digest(stream, "sha256").hexdigest()

@@ -34,7 +34,7 @@ class Partial:
     finished: dict[str, dict[str, Json]] = field(default_factory=dict)
 
     def finish(self, name: str, facts: dict[str, Json]) -> None:
-        """Note that a file is complete. facts: `sha256` at least."""
+        """Note that a file is complete. facts: its `sha256` or "", and its `size`, at least."""
         self.finished[name] = facts
         document: Json = {"request": self.request, "files": dict(self.finished)}
         write_json(self.path / _JOURNAL, document, overwrite=True)
@@ -101,8 +101,17 @@ def _finished(place: Path, request: str) -> dict[str, dict[str, Json]]:
     return {
         name: facts
         for name, facts in noted.items()
-        if isinstance(facts, dict) and is_file(place / name) and _digest(place / name) == facts.get("sha256")
+        if isinstance(facts, dict) and _is_as_noted(place / name, facts)
     }
+
+
+def _is_as_noted(path: Path, facts: dict[str, Json]) -> bool:
+    """Whether a file is what was finished: by its hash, or by its size where none was wanted."""
+    if not is_file(path):
+        return False
+    if digest := facts.get("sha256"):
+        return _digest(path) == digest
+    return path.stat().st_size == facts.get("size")
 
 
 def _digest(path: Path) -> str:

@@ -35,7 +35,7 @@ _GATHERED = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file. sha256: of all of it. size: in bytes.
+    """A finished file. sha256: of all of it, "" if it was not wanted. size: in bytes.
 
     data_sha256: of the tensors' bytes alone, where the metadata asked for it.
     """
@@ -43,6 +43,16 @@ class Written:
     sha256: str
     data_sha256: str | None
     size: int
+
+
+class _NoHasher:
+    """Stands in for a hasher where no hash is wanted."""
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        return
+
+    def hexdigest(self) -> str:
+        return ""
 
 
 class _Hasher:
@@ -92,6 +102,7 @@ def write_safetensors(
     *,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
+    hashed: bool = True,
 ) -> Written:
     """Write one file, or nothing.
 
@@ -99,6 +110,8 @@ def write_safetensors(
     writer, in which every tensor is aligned). produce: the same names in the same order, each with its
     bytes or its tensor. metadata: a value may hold DATA_SHA256, which becomes the hash of the tensors'
     bytes. check: called with the finished file before it takes its place; if it raises, nothing is left.
+    hashed: whether its SHA-256 is wanted, which takes longer than all else where the processor has no
+    instructions for it.
 
     The same arguments give the same bytes. StoreError for a header no reader would accept, for contents
     that do not fit it, and for a place that cannot be written.
@@ -114,8 +127,8 @@ def write_safetensors(
     # One thread, so that chunks are hashed in the order of the file.
     with ThreadPoolExecutor(max_workers=1) as pool:
         with replacing(path, size, overwrite=overwrite, check=check) as file:
-            data = _Hasher(pool)
-            waiting = any(DATA_SHA256 in text for text in metadata.values())
+            data = _Hasher(pool) if hashed else _NoHasher()
+            waiting = hashed and any(DATA_SHA256 in text for text in metadata.values())
             if not waiting:
                 data.update(raw)
             file.write(raw)
