@@ -272,6 +272,27 @@ def test_svd_keeps_the_largest_rank_of_the_inputs_and_is_the_best_of_that_rank()
     assert done.error == pytest.approx(np.sqrt(left / whole), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["svd", "ties", "dare"])
+def test_without_a_rule_each_module_gets_the_largest_rank_that_it_has_in_an_input(method) -> None:
+    """And a whole delta stays whole, whatever the ranks elsewhere."""
+    whole = sd1("diff", seed=1, most=2)
+    rest = [
+        m
+        for m in modules("sd1", "kohya", "unet", "lora", 6)
+        if m not in modules("sd1", "kohya", "unet", "lora", 2)
+    ]
+    lora = build("sd1", "kohya", rest, seed=2)
+    first = File({**whole.tensors, **lora.tensors})
+    done = plan([first, build("sd1", "kohya", rest, seed=3)], method=method, family="sd1")
+    ranks = {place.span[0].module: rank for place, rank in done.reduction.ranks.items()}
+    shapes = {
+        place.span[0].module: min(delta.shape)
+        for place, delta in deltas_of(whole.read("sd1"), "kohya").items()
+    }
+    assert {module: rank for module, rank in ranks.items() if module in shapes} == shapes or method == "dare"
+    assert {rank for module, rank in ranks.items() if module not in shapes} == {4}
+
+
 def test_rank_rules_hold(tmp_path) -> None:
     files = [flux(seed=1), flux(seed=2)]
     assert plan(files, rule=RankRule(error=0.1)).error <= 0.1

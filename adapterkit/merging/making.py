@@ -27,7 +27,6 @@ from adapterkit.merging.spectral import isotropic, scaled
 from adapterkit.merging.stacks import Stack
 from adapterkit.merging.sums import agreed, summed
 from adapterkit.merging.tasks import Task, task_of
-from adapterkit.ranks import CONV, LINEAR
 from adapterkit.reduction import Part
 from adapterkit.resizing import noise_of
 from adapterkit.specs.families import Family, Place
@@ -43,8 +42,9 @@ class Recipe:
     """All that a merge was asked for.
 
     truncates: whether a rank rule holds.  most: the greatest rank that can be wanted, if that is known.
-    settled: whether every module gets that rank, or as much of it as it has.  noise: whether a rule
-    asks what is noise.
+    largest: whether every module gets the largest rank that an input has there.
+    settled: whether every module gets the greatest rank that can be wanted, or as much of it as it has.
+    noise: whether a rule asks what is noise.
     dtype: of the output's factors; None for the widest of what is added.
     base: the base model, for changes that depend on it.
     """
@@ -54,6 +54,7 @@ class Recipe:
     settings: Settings
     truncates: bool = False
     most: int | None = None
+    largest: bool = False
     settled: bool = False
     noise: bool = False
     dtype: torch.dtype | None = None
@@ -63,6 +64,11 @@ class Recipe:
     @property
     def family(self) -> Family:
         return self.inputs[0].adapter.family
+
+    def most_of(self, tasks: Sequence[Task]) -> int | None:
+        """The greatest rank that can be wanted of one weight."""
+        ranks = [self.most] if self.most is not None else []
+        return min([*ranks, max(task.rank for task in tasks)] if self.largest else ranks, default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +169,9 @@ def made_at(recipe: Recipe, place: Place) -> Made:
 
 def wanted_at(recipe: Recipe, place: Place) -> tuple[Change, ...]:
     """What the method asks for at a place, in float32, before ranks are cut and factors rounded."""
-    wide = replace(recipe, dtype=torch.float32, truncates=False, most=None, settled=False, noise=False)
+    wide = replace(
+        recipe, dtype=torch.float32, truncates=False, most=None, largest=False, settled=False, noise=False
+    )
     if recipe.method.way == "sum" and recipe.method.name != "iso-c":
         found = [_prepared(wide, place, one) for one in contributions(wide.inputs, place)]
         return _total(wide, found)
@@ -174,17 +182,6 @@ def wanted_at(recipe: Recipe, place: Place) -> tuple[Change, ...]:
         return (Whole(_numbers(wide, place, made.tasks).reshape(made.part.shape)),)
     rank = made.part.decomposition.rank
     return (made.part.change(rank, torch.float32),) if rank else ()
-
-
-def largest_ranks(recipe: Recipe) -> dict[str, int]:
-    """By kind of layer, the greatest rank that an input has anywhere."""
-    found = {LINEAR: 1, CONV: 1}
-    for place in places(recipe.inputs):
-        for one in contributions(recipe.inputs, place):
-            for change in one.changes:
-                layer = CONV if math.prod(change.shape[2:]) > 1 else LINEAR
-                found[layer] = max(found[layer], change.expanded_rank or 0)
-    return found
 
 
 def _work(recipe: Recipe, place: Place) -> int:
@@ -239,15 +236,15 @@ def _total_rank(tasks: Sequence[Task]) -> int:
 
 
 def _decomposed(recipe: Recipe, place: Place, tasks: Sequence[Task], stack: Stack) -> Decomposition:
-    method, settings = recipe.method, recipe.settings
+    method, settings, most = recipe.method, recipe.settings, recipe.most_of(tasks)
     if method.way == "numbers":
-        return _dense(_numbers(recipe, place, tasks), recipe.most)
+        return _dense(_numbers(recipe, place, tasks), most)
     if method.factored is not None:
-        found = method.factored(tasks, settings, key_of(place), recipe.most)
+        found = method.factored(tasks, settings, key_of(place), most)
     elif method.name == "iso-c":
         found = isotropic(_sum(recipe, tasks, stack, None))
     else:
-        found = _sum(recipe, tasks, stack, recipe.most)
+        found = _sum(recipe, tasks, stack, most)
     return scaled(found, settings.strength)
 
 

@@ -19,7 +19,7 @@ from adapterkit.derived import derived
 from adapterkit.errors import Json, Refused, StoreError, Unrepresentable, UsageError, located
 from adapterkit.merging import METHODS, Divide, Inner, Input, Interference, Method, Recipe, Settings, merged
 from adapterkit.merging.inputs import natives
-from adapterkit.merging.making import largest_ranks, wanted_at
+from adapterkit.merging.making import wanted_at
 from adapterkit.operations.alike import Found, Given, alike, loaded, name_of, names_of
 from adapterkit.operations.convert import Conversion, ConvertOptions, Verify, plan_options, write_plan
 from adapterkit.operations.sources import Opened
@@ -149,8 +149,8 @@ def merge(
 
     sources: paths, state dicts, stores, opened files or Adapters, in any formats and of any kinds.
     strengths: one for each, 1 by default.
-    rule: which ranks to keep; without a target in it exact methods keep every rank, the others the
-    largest of the inputs'.
+    rule: which ranks to keep; without a target in it exact methods keep every rank, the others of each
+    module the largest that it has in an input.
     Nothing is written unless everything can be; the output is read back and compared before it takes
     its name.
     Raises Mismatch for different base models or shapes, Unrepresentable for changes that cannot be
@@ -194,7 +194,7 @@ def _plan(
         allow=planning.allow,
         base=None if options.base is None else open_checkpoint(options.base, adapters[0].family.key),
     )
-    recipe, rule = _with_rule(recipe, rule)
+    recipe = _with_rule(recipe, rule)
     made = merged(recipe, progress)
     if not made.changes and all(part.full == 0 for part in made.parts.values()):
         raise Refused(
@@ -295,15 +295,20 @@ def _weighed(adapter: Adapter, text: str) -> Adapter:
     return replace(adapter, changes=changes)
 
 
-def _with_rule(recipe: Recipe, rule: RankRule) -> tuple[Recipe, RankRule]:
-    """The rule that holds: the largest ranks of the inputs, where the method would keep too many."""
+def _with_rule(recipe: Recipe, rule: RankRule) -> Recipe:
+    """What the rule means for each module; without a target the largest ranks of the inputs, where the
+    method would keep too many."""
     targets = (rule.rank, rule.energy, rule.error, rule.size)
     given = rule.auto or any(target is not None for target in targets)
-    if not given and not recipe.method.exact:
-        rule = replace(rule, rank=largest_ranks(recipe))
-    truncates = given or rule.most is not None
-    settled = rule.rank is not None
-    return replace(recipe, truncates=truncates, most=rule.highest, settled=settled, noise=rule.auto), rule
+    largest = not given and not recipe.method.exact
+    return replace(
+        recipe,
+        truncates=given or rule.most is not None,
+        most=rule.highest,
+        largest=largest,
+        settled=rule.rank is not None or largest,
+        noise=rule.auto,
+    )
 
 
 def _whole(
