@@ -233,6 +233,18 @@ def test_a_kronecker_product_is_decomposed_through_its_factors(
         assert abs(error_made(found, torch.from_numpy(matrix), rank) - least) <= 1e-12 * expected[0]
 
 
+@pytest.mark.parametrize("most", [4, 40])
+def test_of_a_large_factor_only_the_largest_values_are_looked_for(most: int) -> None:
+    w1, w2 = numbers(3, 2, seed=1), matrix_of("slow", 300, 400).double()
+    singular = [np.linalg.svd(factor.numpy(), compute_uv=False) for factor in (w1, w2)]
+    expected = np.sort(np.outer(*singular), axis=None)[::-1]
+    found = kronecker_svd(w1, w2, most)
+    np.testing.assert_allclose(found.values.numpy(), expected[:most], rtol=1e-6)
+    np.testing.assert_allclose(found.energy, (expected**2).sum(), rtol=1e-12)
+    least = math.sqrt((expected[most:] ** 2).sum())
+    assert error_made(found, torch.kron(w1, w2), most) <= (1 + 1e-7) * least
+
+
 def test_a_kronecker_product_is_found_again_in_its_matrix() -> None:
     w1, w2 = numbers(3, 4, seed=1), numbers(5, 6, seed=2)
     matrix = torch.kron(w1, w2)

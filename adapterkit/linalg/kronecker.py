@@ -7,9 +7,12 @@ from torch import Tensor
 
 from adapterkit.errors import Mismatch
 from adapterkit.linalg.decomposition import Decomposition, fix_signs
-from adapterkit.linalg.dense_svd import dense_svd
+from adapterkit.linalg.dense_svd import dense_svd, energy_of
 from adapterkit.linalg.factorisations import require_finite, svd, wide
 from adapterkit.linalg.pool import on_one_thread
+
+# The short side of a factor of which all values are found in less time than the largest ones.
+_SMALL = 256
 
 
 def kronecker_svd(w1: Tensor, w2: Tensor, most: int | None = None) -> Decomposition:
@@ -20,9 +23,10 @@ def kronecker_svd(w1: Tensor, w2: Tensor, most: int | None = None) -> Decomposit
     Raises as `product_svd` does.
     """
     first, second = wide(w1), wide(w2)
-    require_finite(float(first.square().sum() * second.square().sum()))
-    u1, values1, vt1 = svd(first)
-    u2, values2, vt2 = svd(second)
+    energy = energy_of(first) * energy_of(second)
+    require_finite(energy)
+    u1, values1, vt1 = _spectrum(first, most)
+    u2, values2, vt2 = _spectrum(second, most)
     products, order = (values1[:, None] * values2).flatten().sort(descending=True, stable=True)
     kept = order[: products.numel() if most is None else most]
     values = products[: kept.numel()].clone()
@@ -35,8 +39,19 @@ def kronecker_svd(w1: Tensor, w2: Tensor, most: int | None = None) -> Decomposit
         vt = torch.einsum("rb,rd->rbd", vt1[i], vt2[j]).flatten(1) * there[:, None]
         return fix_signs(u, vt)
 
+    if products.numel() == min(first.shape) * min(second.shape):
+        energy = float(products.square().sum())
     shape = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
-    return Decomposition(values.cpu(), float(products.square().sum()), shape, vectors)
+    return Decomposition(values.cpu(), energy, shape, vectors)
+
+
+def _spectrum(factor: Tensor, most: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, values, vt) of a factor: no product among the largest `most` has any but its largest `most`."""
+    if most is None or min(factor.shape) <= _SMALL:
+        return svd(factor)
+    found = dense_svd(factor, most, exact=True)
+    u, vt = found.vectors(found.rank)
+    return u, found.values.to(u), vt
 
 
 def nearest_kronecker(matrix: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
