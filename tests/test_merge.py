@@ -384,6 +384,18 @@ def test_replacements_that_all_inputs_agree_on_pass() -> None:
     assert refused(Unrepresentable, [file, sd1("replacement", seed=2, most=2)], family="sd1")
 
 
+def test_beside_replacements_that_all_agree_on_other_changes_are_added_up() -> None:
+    both = sd1("replacement", seed=1, most=2)
+    files = [File({**both.tensors, **sd1("lora", seed=seed, most=2).tensors}) for seed in (2, 3)]
+    done = plan(files, [0.5, 0.25], family="sd1")
+    assert all(torch.equal(done.plan.state_dict()[key], tensor) for key, tensor in both.tensors.items())
+    lora = [File({key: t for key, t in file.tensors.items() if key not in both.tensors}) for file in files]
+    wanted = summed(lora, [0.5, 0.25], "kohya", "sd1")
+    for place, changes in made(done).changes.items():
+        (change,) = (change for change in changes if change.kind == "lora")
+        assert np.allclose(change.dense(dtype=torch.float64).flatten(1).numpy(), wanted[place], atol=1e-5)
+
+
 def test_with_a_base_dora_is_the_plain_delta_that_it_makes() -> None:
     dora, other = flux(form="dora of rows", seed=1), flux(seed=2)
     network = family("flux1")[0].network("transformer")
@@ -417,6 +429,8 @@ def test_passengers_of_all_inputs_come_along() -> None:
     assert len(done.plan.passengers) == 2 and done.receipt.balances and done.receipt.carried == 2
     again = plan([one, with_embedding(sd1(seed=2), 1.0)], family="sd1")
     assert len(again.plan.passengers) == 1 and again.receipt.balances
+    adapter = one.read("sd1")
+    assert plan_merge([adapter, adapter]).receipt.balances
 
 
 def test_two_passengers_of_one_name_are_refused_and_by_consent_the_first_stays() -> None:

@@ -25,7 +25,7 @@ from adapterkit.merging.methods import Method
 from adapterkit.merging.settings import Settings
 from adapterkit.merging.spectral import isotropic, scaled
 from adapterkit.merging.stacks import Stack
-from adapterkit.merging.sums import agreed, summed
+from adapterkit.merging.sums import replacements, summed
 from adapterkit.merging.tasks import Task, task_of
 from adapterkit.reduction import Part
 from adapterkit.resizing import noise_of
@@ -299,7 +299,7 @@ def _other(recipe: Recipe, place: Place, found: Sequence[Contribution]) -> tuple
     if all(isinstance(change, Whole) and not change.replaces for change in changes):
         if method.way == "numbers" or "inner" in method.uses:
             return (_vector(recipe, place, found, elementwise),)
-    elif method.way != "sum" and len(found) > 1 and agreed(found) is None:
+    elif method.way != "sum" and len(found) > 1 and not replacements(found):
         raise Unrepresentable(
             f"{found[0].where}: {method.title} is for plain deltas of matrices, and this is none",
             code="merge-kind",

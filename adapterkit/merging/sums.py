@@ -30,8 +30,8 @@ def summed(found: Sequence[Contribution], dtype: torch.dtype | None = None) -> t
     """
     if not found:
         return ()
-    if (same := agreed(found)) is not None:
-        return same
+    if common := replacements(found):
+        return (*common, *summed(_without_replacements(found), dtype))
     if len(found) == 1:
         with located(found[0].where):
             made = [at_strength(change, found[0].strength) for change in found[0].changes]
@@ -49,17 +49,16 @@ def summed(found: Sequence[Contribution], dtype: torch.dtype | None = None) -> t
         return (_positive(_added(changes)),)
 
 
-def agreed(found: Sequence[Contribution]) -> tuple[Change, ...] | None:
-    """The replacements that several contributions make alike; None if it is not that."""
-    first = found[0]
-    if len(found) < 2 or any(change.kind not in _REPLACING for one in found for change in one.changes):
-        return None
-    same = all(
-        len(one.changes) == len(first.changes)
-        and all(deltas.identical(*pair) for pair in zip(one.changes, first.changes, strict=True))
-        for one in found
-    )
-    return first.changes if same else None
+def replacements(found: Sequence[Contribution]) -> tuple[Change, ...]:
+    """The replacements that several contributions make, all of them and all alike; () if it is not that."""
+    first, *others = (tuple(c for c in one.changes if c.kind in _REPLACING) for one in found)
+    same = all(len(other) == len(first) and all(map(deltas.identical, other, first)) for other in others)
+    return first if others and same else ()
+
+
+def _without_replacements(found: Sequence[Contribution]) -> list[Contribution]:
+    rest = (replace(one, changes=tuple(c for c in one.changes if c.kind not in _REPLACING)) for one in found)
+    return [one for one in rest if one.changes]
 
 
 def _positive(change: Change) -> Change:

@@ -375,10 +375,9 @@ def _passengers(
     again, others = 0, []
     for adapter, label in zip(adapters, labels, strict=True):
         for key, tensor in adapter.passengers.items():
-            first = kept.setdefault(key, tensor)
-            if first is tensor:
-                continue
-            if same(first, tensor):
+            if key not in kept:
+                kept[key] = tensor
+            elif same(kept[key], tensor):
                 again += 1
             else:
                 others.append(label + key)
