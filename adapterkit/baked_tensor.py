@@ -98,7 +98,8 @@ def _is_all(share: Share, baked: Baked) -> bool:
     """Whether a share puts its numbers in the place of the whole tensor."""
     change = share.effect.change
     alone = isinstance(change, Whole) and change.replaces and change.scale == share.strength == 1.0
-    return alone and change.shape == baked.after.shape
+    placed = share.first == share.start == 0 and not share.transposed
+    return alone and placed and change.shape == baked.after.shape
 
 
 def _turn(share: Share) -> int:
@@ -175,8 +176,8 @@ def _is_by_rows(change: Change) -> bool:
 def _delta(base: Checkpoint, share: Share, stored: Tensor) -> Tensor:
     """The delta of a share's rows, made with all rows of the change's weight."""
     place, change = share.effect.place, share.effect.change
-    whole = share.effect.shape == (tuple(stored.T.shape) if share.transposed else tuple(stored.shape))
-    if whole:
+    rows = stored.shape[-1] if share.transposed else stored.shape[0]
+    if share.first == share.start == 0 and share.stop == rows == share.effect.shape[0]:
         weight: Tensor | None = stored.T if share.transposed else stored
     else:
         weight = base.tensor(place.component, place.span, place.param)
