@@ -61,8 +61,8 @@ def _squares(
         size, other = product_inner(*left, *left), product_inner(*right, *right)
         # Rounding can leave a little less than nothing.
         difference = max(0.0, size - 2 * product_inner(*left, *right) + other)
-    if not math.isfinite(size):
-        return (math.inf if math.isfinite(other) else 0.0), 0.0
+    if not (math.isfinite(size) and math.isfinite(other)):
+        return (math.inf if math.isfinite(size) or math.isfinite(other) else 0.0), 0.0
     return (0.0 if deltas.identical(one, two) else difference), size
 
 

@@ -1,6 +1,6 @@
 """How long an SDXL adapter of 788 modules takes from rank 64 to 16: adapterkit, and dense SVDs.
 
-    python benchmarks/resizing.py FOLDER [--threads 1 2] [--dense-threads 2]
+    python benchmarks/resizing.py FOLDER [--threads 1 2] [--dense-threads 1]
 
 The adapter has every layer of the UNet that a LoRA can change, in fp16, with singular values that fall
 as a power of their number. adapterkit runs in a process of its own, which imports everything first;
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dense-threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--dense-threads", type=int, nargs="+", default=[1])
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     source, output = arguments.folder / "sdxl_r64.safetensors", arguments.folder / "sdxl_small.safetensors"
