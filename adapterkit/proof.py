@@ -60,7 +60,7 @@ def _squares(
     else:
         size, other = product_inner(*left, *left), product_inner(*right, *right)
         # Rounding can leave a little less than nothing.
-        difference = max(0.0, size - 2 * product_inner(*left, *right) + other)
+        difference = max(size - 2 * product_inner(*left, *right) + other, 0.0)
     if not (math.isfinite(size) and math.isfinite(other)):
         return (math.inf if math.isfinite(size) or math.isfinite(other) else 0.0), 0.0
     return (0.0 if deltas.identical(one, two) else difference), size
@@ -77,7 +77,7 @@ def _size(change: Change) -> float:
     factors = _factors(change)
     if factors is None:
         return float(_flat(change).square().sum())
-    return max(0.0, product_inner(*factors, *factors))
+    return max(product_inner(*factors, *factors), 0.0)
 
 
 def _factors(change: Change) -> tuple[Tensor, Tensor] | None:
