@@ -69,8 +69,8 @@ def test_planted_low_rank_differences_come_back_in_any_format(to: str, tmp_path:
 def test_kernels_of_convolutions_are_kept() -> None:
     wanted = planted(UNET, 3, 0.1, ("conv",))
     done = extract(plus(UNET, wanted), UNET, rule=RankRule(rank=3))
-    assert_recovered(done.plan.adapter, wanted, 1e-5)
-    down = done.plan.state_dict()[f"lora_unet_{CONV.replace('.', '_')}.lora_down.weight"]
+    assert_recovered(done.adapter, wanted, 1e-5)
+    down = done.state_dict()[f"lora_unet_{CONV.replace('.', '_')}.lora_down.weight"]
     assert down.shape == (3, *UNET[f"{CONV}.weight"].shape[1:])
 
 
@@ -109,7 +109,7 @@ def test_no_number_is_clamped() -> None:
     done = extract(
         plus(UNET, wanted, torch.float16), base, rule=RankRule(rank=8), options=ExtractOptions(only=(KEY,))
     )
-    assert error(next(iter(deltas(done.plan.adapter).values())), wanted[f"{KEY}.weight"]) < 0.003
+    assert error(next(iter(deltas(done.adapter).values())), wanted[f"{KEY}.weight"]) < 0.003
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -125,15 +125,15 @@ def test_the_error_is_that_of_the_best_approximation(exact: bool) -> None:
     delta = (tuned["x.weight"] - base["x.weight"]).double()
     values = np.linalg.svd(delta.numpy(), compute_uv=False)
     least = math.sqrt((values[8:] ** 2).sum() / (values**2).sum())
-    assert least * (1 - 1e-9) <= error(deltas(done.plan.adapter)["x.weight"], delta) <= least * 1.001
+    assert least * (1 - 1e-9) <= error(deltas(done.adapter)["x.weight"], delta) <= least * 1.001
     assert done.outcomes[-1].error == pytest.approx(least, rel=1e-3)
 
 
 def test_alpha_is_free_and_changes_nothing_but_the_scale() -> None:
     wanted = planted(UNET, 4, 0.1, ATTENTION)
     done = extract(plus(UNET, wanted), UNET, rule=RankRule(rank=4), options=ExtractOptions(alpha=1.0))
-    assert_recovered(done.plan.adapter, wanted, 1e-5)
-    tensors = done.plan.state_dict()
+    assert_recovered(done.adapter, wanted, 1e-5)
+    tensors = done.state_dict()
     assert {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")} == {1.0}
 
 
@@ -145,7 +145,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             options = ExtractOptions(only=("down_blocks",))
-            found.append(extract(tuned, base, rule=RankRule(rank=2), options=options).plan.state_dict())
+            found.append(extract(tuned, base, rule=RankRule(rank=2), options=options).state_dict())
     finally:
         torch.set_num_threads(threads)
     assert found[0].keys() == found[1].keys()
@@ -183,9 +183,9 @@ def test_a_fused_layer_is_extracted_as_one_from_a_model_that_has_it_apart(tmp_pa
     done = extract(
         tuned, flux, rule=RankRule(rank=6), options=ExtractOptions(exclude=("single_transformer_blocks",))
     )
-    ups = [key for key in done.plan.state_dict() if key.endswith("lora_up.weight")]
+    ups = [key for key in done.state_dict() if key.endswith("lora_up.weight")]
     assert ups and all("_attn_qkv" in key for key in ups)
-    for place, (change,) in done.plan.adapter.changes.items():
+    for place, (change,) in done.adapter.changes.items():
         parts = torch.cat([wanted[f"{piece.module}.weight"] for piece in place.span])
         assert error(change.dense(), parts) < 1e-5
 
@@ -194,7 +194,7 @@ def test_a_base_without_what_stands_before_its_names_is_the_same_base() -> None:
     bare = {key.removeprefix("model."): tensor for key, tensor in LLAMA.items() if key != "lm_head.weight"}
     wanted = planted(LLAMA, 2, 0.1, ("q_proj", "mlp"))
     done = extract(plus(LLAMA, wanted), bare, rule=RankRule(rank=2))
-    assert_recovered(done.plan.adapter, wanted, 1e-5)
+    assert_recovered(done.adapter, wanted, 1e-5)
     assert done.tensors["lm_head.weight"] == "new"
 
 
@@ -204,7 +204,7 @@ def test_text_encoders_are_compared_on_their_own_merits() -> None:
     both = {f"unet/{k}": t for k, t in UNET.items()} | {f"text_encoder/{k}": t for k, t in CLIP.items()}
     moved = {f"unet/{k}": t for k, t in unet.items()} | {f"text_encoder/{k}": t for k, t in clip.items()}
     done = extract(plus(both, moved), both, rule=RankRule(rank=2))
-    counts = [place.component for place in done.plan.adapter.changes]
+    counts = [place.component for place in done.adapter.changes]
     assert counts.count("text_encoder") == len(clip) and counts.count("unet") == len(unet)
     assert max(float(delta.abs().max()) for delta in clip.values()) < 0.01
 
@@ -251,7 +251,7 @@ def test_every_tensor_is_counted_once_and_all_energy_adds_up(options: ExtractOpt
 def test_the_energy_left_out_is_what_is_missing() -> None:
     tuned = everything_moves(LLAMA)
     done = extract(tuned, LLAMA, rule=RankRule(rank=4))
-    found = deltas(done.plan.adapter)
+    found = deltas(done.adapter)
     missing = total = 0.0
     for key, weight in tuned.items():
         delta = weight.double() - LLAMA[key].double()
@@ -324,7 +324,7 @@ def test_selection_takes_components_and_modules_by_name() -> None:
     names = {key for key in wanted if "attn1" in key and "up_blocks" not in key}
     options = ExtractOptions(only=("*.attn1.*",), exclude=("up_blocks",))
     done = extract(tuned, UNET, rule=RankRule(rank=2), options=options)
-    assert set(deltas(done.plan.adapter)) == names
+    assert set(deltas(done.adapter)) == names
     assert "not selected" in done.tensors.values()
     assert_balances(done, tuned)
 
@@ -338,7 +338,7 @@ def test_grown_vocabularies_are_compared_where_both_have_rows() -> None:
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         tuned[key] = torch.cat([tuned[key], torch.ones(5, tuned[key].shape[1])])
     done = extract(tuned, LLAMA, rule=RankRule(rank=3), options=ExtractOptions(embeddings=True))
-    assert_recovered(done.plan.adapter, wanted, 1e-5)
+    assert_recovered(done.adapter, wanted, 1e-5)
     assert [outcome.line.new for outcome in done.outcomes if outcome.line.new] == [5, 5]
     assert sum("5 rows more" in note for note in done.pairing.notes) == 2
 
@@ -349,7 +349,7 @@ def test_a_vocabulary_that_shrank_gets_rows_of_zeros() -> None:
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         tuned[key] = tuned[key][:-7]
     done = extract(tuned, LLAMA, rule=RankRule(rank=3), options=ExtractOptions(embeddings=True))
-    found = deltas(done.plan.adapter)["model.embed_tokens.weight"]
+    found = deltas(done.adapter)["model.embed_tokens.weight"]
     assert found.shape == LLAMA["model.embed_tokens.weight"].shape
     assert error(found[:-7], wanted["model.embed_tokens.weight"][:-7]) < 1e-5
     assert not found[-7:].any()
@@ -443,7 +443,7 @@ def test_factors_have_the_dtype_of_the_model_or_the_one_asked_for(
         rule=RankRule(rank=2),
         options=ExtractOptions(dtype=asked),
     )
-    assert {tensor.dtype for tensor in done.plan.state_dict().values()} == {dtype}
+    assert {tensor.dtype for tensor in done.state_dict().values()} == {dtype}
 
 
 def test_a_file_is_never_larger_than_asked(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_damaged_tensor_is_named_and_left_out_when_allowed() -> None:
     done = extract(tuned, UNET, rule=RankRule(rank=2), options=ExtractOptions(allow={"nonfinite"}))
     left = {outcome.line.keys[0] for outcome in done.outcomes if outcome.what == "nonfinite"}
     assert left == {f"{KEY}.weight", "conv_norm_out.bias"}
-    assert f"{KEY}.weight" not in deltas(done.plan.adapter) and math.isfinite(done.energy)
+    assert f"{KEY}.weight" not in deltas(done.adapter) and math.isfinite(done.energy)
 
 
 def test_models_of_two_families_are_refused() -> None:

@@ -47,6 +47,15 @@ def test_the_document_has_every_module_and_every_tensor(pair: tuple[Path, Path],
     assert found["not_compared"] == {"first_stage_model.x": "unknown"}
 
 
+def test_an_energy_that_the_ranks_permitted_do_not_reach_is_said(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = run("extract", *pair, "-o", tmp_path / "o", "--energy", "0.999", "--max-rank", "1", columns=200)
+    assert "takes ranks above 1" in result.stdout
+    result = run("extract", *pair, "-o", tmp_path / "o", "--energy", "0.999", "--force", columns=200)
+    assert "takes ranks above" not in result.stdout
+
+
 def test_quiet_says_where_the_result_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
     result = run("extract", *pair, "-o", tmp_path / "out.safetensors", "-q", columns=400)
     assert result.stdout.strip() == str(tmp_path / "out.safetensors")

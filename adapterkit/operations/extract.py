@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from adapterkit.adapter import Adapter, Receipt
 from adapterkit.checkpoint import Checkpoint, Model, open_checkpoint
@@ -109,7 +110,7 @@ class Proof:
 class Extraction:
     """The adapter that was extracted, and what it leaves out.
 
-    plan: `plan.state_dict()` are its tensors.  conversion: the files, if any were written.
+    conversion: the files, if any were written.
     proof: what reading them back showed, unless that was not wanted.
     suspicious: whether the difference is so large that the base can hardly be the right one.
     """
@@ -122,6 +123,15 @@ class Extraction:
     suspicious: bool
     conversion: Conversion | None = None
     proof: Proof | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter in memory."""
+        return self.plan.adapter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, as the format has them."""
+        return self.plan.state_dict()
 
     @property
     def energy(self) -> float:

@@ -206,6 +206,12 @@ def _residual(done: Extraction) -> RenderableType:
 def _warnings(done: Extraction) -> Iterator[str]:
     if done.suspicious:
         yield "most matrices differ by more than half of their size: is this the base it was made from?"
+    wanted = done.rule.error if done.rule.error is not None else math.sqrt(1 - (done.rule.energy or 0.0))
+    if wanted < 1 and done.reduction.error > wanted * (1 + 1e-6) + 1e-6:
+        yield (
+            f"what was asked for takes ranks above {done.rule.highest}, the error is "
+            f"{error_words(done.reduction.error)}; --max-rank permits them"
+        )
 
 
 def pairing_json(tuned: str, base: str, pairing: Pairing) -> dict[str, Json]:
