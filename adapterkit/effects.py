@@ -96,17 +96,18 @@ def places_of(
     return found
 
 
-def fitted(change: Change, shape: tuple[int, ...], widens: bool = False) -> Change:
-    """The change, knowing the shape of its weight. Mismatch if that is not its own.
-
-    widens: the weight is padded, so that its shape need not be the change's.
-    """
+def fitted(change: Change, shape: tuple[int, ...]) -> Change:
+    """The change, knowing the shape of its weight. Mismatch if that is not its own."""
     if isinstance(change, Magnitude):
-        return replace(change, inner=fitted(change.inner, shape, widens))
-    if not widens:
+        return replace(change, inner=fitted(change.inner, shape))
+    if not hasattr(change, "weight_shape"):
         change.require_fit(shape)
-    known = hasattr(change, "weight_shape")
-    return change._with({"weight_shape": shape}) if known else change
+        return change
+    # The shape that it was read with may be that of the model in another width.
+    unshaped = change._with({"weight_shape": None})
+    if not isinstance(change, deltas.Vera) or change.rows != shape[0]:
+        unshaped.require_fit(shape)
+    return unshaped._with({"weight_shape": shape})
 
 
 def require_computable(effect: Effect) -> None:
