@@ -19,7 +19,7 @@ COMMON = "All commands"
 
 
 def options(command: click.Command) -> set[str]:
-    with click.Context(command) as context:
+    with click.Context(command, **app.context_settings) as context:
         return {
             name for option in command.get_params(context) for name in option.opts if name.startswith("-")
         }
