@@ -6,7 +6,9 @@ them in float32, keeps the leading singular values and vectors, and lets go of t
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,6 +157,7 @@ class _Comparing:
             self.touched = 0
         self.tuned.store.release()
         self.base.store.release()
+        _trim()
 
     def _compare(self, line: Line, how: str) -> Found:
         place, height = line.place, line.shape[0]
@@ -240,6 +243,12 @@ def _noise(here: Tensor, there: Tensor, found: Decomposition) -> float:
 def _sample(weight: Tensor) -> Tensor:
     """Some of its rows, evenly spread."""
     return weight[:: max(1, weight.numel() // _SAMPLE)]
+
+
+def _trim() -> None:
+    """Let the allocator give back what was freed: glibc keeps hundreds of megabytes of it for its threads."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def kept_part(found: Decomposition, rank: int, dtype: torch.dtype) -> Decomposition:
