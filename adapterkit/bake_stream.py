@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Union
 
 import torch
@@ -25,6 +25,9 @@ _AHEAD = 256 * 1024 * 1024
 _HELD = 256 * 1024 * 1024
 _UNDO_BLOCK = 16 * 1024 * 1024
 _MOST = 8
+_CPU = torch.device("cpu")
+# Threads that keep an accelerator busy: one copies in, one computes, one copies out.
+_FEEDERS = 3
 Waiting = tuple[int, "Future[torch.Tensor]"]
 Content = Union[bytes, memoryview, "torch.Tensor"]
 
@@ -42,7 +45,7 @@ class Undoing:
 class Stream:
     """What is needed to make the tensors of one file.
 
-    told: of bytes that are done, as they are.
+    told: of bytes that are done, as they are.  fallbacks: tensors that the device had no memory for.
     """
 
     plan: BakePlan
@@ -50,6 +53,7 @@ class Stream:
     survival: Survival
     undoing: Undoing | None = None
     told: Callable[[int], None] | None = None
+    fallbacks: list[str] = field(default_factory=list)
 
     def contents(self, keys: Sequence[str]) -> Generator[tuple[str, Content], None, None]:
         """Each tensor's key and bytes in this order, the same whatever the number of threads."""
@@ -57,7 +61,8 @@ class Stream:
         changed = deque(key for key in keys if key in tensors)
         waiting: deque[Waiting] = deque()
         held = 0
-        with one_thread() as threads, ThreadPoolExecutor(max(1, threads)) as pool:
+        with one_thread() as cores, ThreadPoolExecutor(self._threads(cores)) as pool:
+            threads = self._threads(cores)
             try:
                 for key in keys:
                     self._begin(pool, changed, waiting, threads)
@@ -72,6 +77,9 @@ class Stream:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
+    def _threads(self, cores: int) -> int:
+        return max(1, cores) if self.manner.device.type == "cpu" else max(_FEEDERS, cores)
+
     def _begin(
         self, pool: ThreadPoolExecutor, changed: deque[str], waiting: deque[Waiting], threads: int
     ) -> None:
@@ -85,10 +93,22 @@ class Stream:
     def tensor(self, baked: Baked) -> torch.Tensor:
         """One tensor, and the bits that it changes noted."""
         with torch.no_grad():
-            made = baked_tensor(self.plan.base, baked, self.manner, self.survival)
+            made = self._made(baked)
         if self.undoing is not None and baked.key == baked.source:
             self._note(self.undoing, baked, made)
         return made
+
+    def _made(self, baked: Baked) -> torch.Tensor:
+        """On the device that was asked for, or on the processor if its memory does not suffice."""
+        arguments = (self.plan.base, baked)
+        if self.manner.device.type == "cpu":
+            return baked_tensor(*arguments, self.manner, self.survival)
+        try:
+            return baked_tensor(*arguments, self.manner, self.survival)
+        except torch.OutOfMemoryError:
+            self.fallbacks.append(baked.key)
+            self.survival.forget(baked.key)
+            return baked_tensor(*arguments, replace(self.manner, device=_CPU), self.survival)
 
     def _note(self, undoing: Undoing, baked: Baked, made: torch.Tensor) -> None:
         old, new = self.plan.base.store.read(baked.source), bytes_of(made)

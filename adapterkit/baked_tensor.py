@@ -1,15 +1,9 @@
-"""The numbers of one baked tensor: the base's, what the changes add in float32, rounded once.
-
-Blocks of rows go through a scratch that is used again and again: fresh memory for every float32 copy of
-a weight would cost more than the arithmetic. Blocks have fixed sizes, so that threads do not show in
-the last digits.
-"""
+"""The numbers of one baked tensor: the base's, what the changes add in float32, rounded once."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import deltas
+from adapterkit.bake_desk import desk
 from adapterkit.bake_plan import replaces
 from adapterkit.baking import Baked
 from adapterkit.checkpoint import Checkpoint
@@ -27,16 +22,19 @@ from adapterkit.rounding import Rounding, round_to, seed_of
 from adapterkit.stores import torch_dtype
 from adapterkit.survival import Survival
 
-# Numbers of a block: 2 MiB of float32, which stays in a core's cache.
-_BLOCK = 1 << 19
+# Of large tensors every so many rows are measured: looking at all would take as long as baking.
+_EVERY = 32
+# Numbers of a tensor that are measured in any case.
+_FEW = 1 << 16
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How results are rounded. seed: of stochastic rounding."""
+    """How results are rounded, and where they are computed. seed: of stochastic rounding."""
 
     how: Rounding = "nearest"
     seed: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (an immutable value)
 
 
 class _Part(Protocol):
@@ -59,22 +57,48 @@ def baked_tensor(base: Checkpoint, baked: Baked, manner: Manner, survival: Survi
     rows, columns = stored.shape[0], max(1, stored[:1].numel())
     weight, target = stored.reshape(rows, columns), result.view(rows, columns)
     parts = [_part(base, share, stored) for share in sorted(shares, key=_turn)]
-    height = max(1, _BLOCK // columns)
+    place = desk(manner.device)
+    height = max(1, place.numbers // columns)
     seed = seed_of(baked.key, manner.seed)
+    sample = _Sample(max(1, min(_EVERY, stored.numel() // _FEW)))
     for start, stop, touched in _segments(parts, rows):
         if not touched and dtype == stored.dtype:
             target[start:stop] = weight[start:stop]
             continue
         for first in range(start, stop, height):
-            before = weight[first : min(first + height, stop)]
-            total = _scratch(before)
-            for part in touched:
-                part.add(total, before, first)
-            rounded = _rounded(total, dtype, manner.how, seed, first * columns)
-            target[first : first + len(rounded)] = rounded
-            if touched:
-                survival.add(baked.key, before, total, rounded)
+            last = min(first + height, stop)
+            with place.work():
+                before, total = place.lay(weight[first:last])
+                for part in touched:
+                    part.add(total, before, first)
+                rounded = _rounded(total, dtype, manner.how, seed, first * columns)
+                place.put(rounded, target[first:last])
+                if touched:
+                    sample.take(before, total, rounded)
+    sample.measure(survival, baked.key)
     return result
+
+
+@dataclass
+class _Sample:
+    """Every so many rows of a tensor, as they were, as they are wanted, and rounded; measured together.
+
+    Measuring block by block would take longer in calls than in arithmetic.
+    """
+
+    every: int
+    rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    numbers: int = 0
+
+    def take(self, before: Tensor, wanted: Tensor, rounded: Tensor) -> None:
+        every = slice(None, None, self.every)
+        self.rows.append((before[every].clone(), wanted[every].clone(), rounded[every].clone()))
+        self.numbers += wanted.numel()
+
+    def measure(self, survival: Survival, key: str) -> None:
+        if self.rows:
+            before, wanted, rounded = (torch.cat(each) for each in zip(*self.rows, strict=True))
+            survival.add(key, before, wanted, rounded, self.numbers)
 
 
 def _ground(base: Checkpoint, baked: Baked) -> tuple[Tensor, Sequence[Share]]:
@@ -111,19 +135,6 @@ def _rounded(total: Tensor, dtype: torch.dtype, how: Rounding, seed: int, start:
     return (
         total if dtype == total.dtype == torch.float64 else round_to(total.float(), dtype, how, seed, start)
     )
-
-
-_local = threading.local()
-
-
-def _scratch(before: Tensor) -> Tensor:
-    """The block in the thread's scratch, in float32 (float64 if it is)."""
-    if before.dtype == torch.float64:
-        return before.clone()
-    space: Tensor | None = getattr(_local, "space", None)
-    if space is None or space.numel() < before.numel():
-        space = _local.space = torch.empty(max(_BLOCK, before.numel()))
-    return space[: before.numel()].view(before.shape).copy_(before)
 
 
 def _segments(parts: Sequence[_Part], rows: int) -> Iterator[tuple[int, int, list[_Part]]]:
@@ -211,7 +222,7 @@ class _Ranks:
 
     def add(self, total: Tensor, weight: Tensor, first: int) -> None:
         here, mine = _within(self, total, first)
-        up, down = self.up[mine].to(total.dtype), self.down.to(total.dtype)
+        up, down = self.up[mine].to(total), self.down.to(total)
         total[here].addmm_(up, down, alpha=self.factor)
 
 
@@ -224,7 +235,7 @@ class _Dense:
 
     def add(self, total: Tensor, weight: Tensor, first: int) -> None:
         here, mine = _within(self, total, first)
-        total[here].add_(self.delta[mine], alpha=self.factor)
+        total[here].add_(self.delta[mine].to(total), alpha=self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +251,7 @@ class _Columns:
 
     def add(self, total: Tensor, weight: Tensor, first: int) -> None:
         here, mine = _within(self, total, first)
-        total[here, self.left : self.right].add_(self.delta.T[mine], alpha=self.factor)
+        total[here, self.left : self.right].add_(self.delta.T[mine].to(total), alpha=self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +284,7 @@ class _Replacement:
 
     def add(self, total: Tensor, weight: Tensor, first: int) -> None:
         here, mine = _within(self, total, first)
-        value = self.value[mine].to(total.dtype).reshape(total[here].shape) * self.scale
+        value = self.value[mine].to(total).reshape(total[here].shape) * self.scale
         _put(total[here], weight[here], value, self.factor)
 
 
@@ -292,7 +303,7 @@ class _Rows:
         for place, index in enumerate(self.change.indices or ()):
             if mine.start <= index - self.top < mine.stop:
                 row = here.start + index - self.top - mine.start
-                _put(total[row], weight[row], self.change.rows_[place].to(total.dtype), self.factor)
+                _put(total[row], weight[row], self.change.rows_[place].to(total), self.factor)
 
 
 def _put(total: Tensor, weight: Tensor, value: Tensor, factor: float) -> None:

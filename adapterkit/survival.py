@@ -73,13 +73,16 @@ class Survival:
         self._modules: dict[str, _Module] = {}
         self._lock = threading.Lock()
 
-    def add(self, key: str, before: Tensor, wanted: Tensor, after: Tensor) -> None:
+    def add(
+        self, key: str, before: Tensor, wanted: Tensor, after: Tensor, numbers: int | None = None
+    ) -> None:
         """One block of rows of the module `key`.
 
         before: the weight; wanted: weight and change in float32; after: what is written. All of one shape.
+        numbers: how many it stands for, where its rows are a sample.
         """
-        numbers = wanted.numel()
-        if not numbers:
+        numbers = wanted.numel() if numbers is None else numbers
+        if not wanted.numel():
             return
         before, wanted, after = (
             each[:: self._step] if each.dim() else each for each in (before, wanted, after)
@@ -93,6 +96,11 @@ class Survival:
             module.blocks.append(block)
             for name, trial in trials.items():
                 module.trials[name].append(trial)
+
+    def forget(self, key: str) -> None:
+        """Leave out what was measured of a module that is to be done again."""
+        with self._lock:
+            self._modules.pop(key, None)
 
     @property
     def modules(self) -> Mapping[str, Kept]:

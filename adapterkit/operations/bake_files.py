@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from adapterkit.bake_stream import Stream, Undoing
 from adapterkit.baked_tensor import Manner
 from adapterkit.baking import BakePlan, together
 from adapterkit.base_layout import OutFile, config_path, edited_json, index_json
 from adapterkit.derived import PROVENANCE, history
-from adapterkit.errors import Json, Refused
+from adapterkit.errors import Json, Refused, UsageError
+from adapterkit.linalg.devices import device_of
 from adapterkit.metadata import drop_hashes, renew_hashes
 from adapterkit.operations.bake_inputs import Job
 from adapterkit.stores import TensorInfo, Written, write_safetensors
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
 # Less of the changes than this is no bake any more.
 LEAST_KEPT = 0.5
 UNDO_SUFFIX = ".undo"
-# Of a block, every so many rows are measured: looking at all would take as long as baking.
-_EVERY = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +64,19 @@ class Baking:
 
 def in_memory(job: Job) -> Baking:
     """The tensors of the output; those that are as they were are the base's own."""
-    survival = Survival(_EVERY)
-    stream = Stream(job.plan, _manner(job), survival)
+    survival, told = Survival(), _Told(job)
+    stream = Stream(job.plan, _manner(job), survival, None, told, told.fallbacks)
     with closing(stream.contents([*job.plan.tensors])) as contents:
         made = {key: content for key, content in contents if not isinstance(content, bytes | memoryview)}
     store = job.plan.base.store
     tensors = {key: made[key] if key in made else store.tensor(key) for key in job.plan.header}
     advice = _judged(job, survival.modules, survival.would_keep(LEAST_KEPT))
-    return Baking(job.plan, survival.modules, advice, tensors=tensors, notes=job.notes)
+    return Baking(job.plan, survival.modules, advice, tensors=tensors, notes=told.notes)
 
 
 def write_file(job: Job, output: Path) -> Baking:
     """Write the one file of a base that is one."""
-    survival, told = Survival(_EVERY), _Told(job)
+    survival, told = Survival(), _Told(job)
     overwrite = job.options.force or job.options.in_place
     (file,) = job.files
     name = file.source.name if file.source is not None else output.name
@@ -98,7 +99,7 @@ def write_file(job: Job, output: Path) -> Baking:
         (output,),
         (written,),
         _undo_path(output) if undoing is not None else None,
-        notes=job.notes,
+        notes=told.notes,
     )
 
 
@@ -120,7 +121,7 @@ def write_folder(job: Job, output: Path) -> Baking:
                 told(sum(job.plan.header[key].nbytes for key in file.keys))
                 continue
             (partial.path / file.name).parent.mkdir(parents=True, exist_ok=True)
-            survival = Survival(_EVERY)
+            survival = Survival()
             written = _write(job, file, partial.path / file.name, survival, undoing, told, True, None)
             partial.finish(file.name, _noted(written, survival))
         kept, advice = _read_back(partial)
@@ -138,14 +139,16 @@ def write_folder(job: Job, output: Path) -> Baking:
         done,
         _undo_path(output) if undoing is not None else None,
         resumed,
-        notes=job.notes,
+        notes=told.notes,
     )
 
 
 class _Told:
-    """Progress in bytes of all files together."""
+    """What is told while files are written: bytes of all of them together, and tensors that fell back."""
 
     def __init__(self, job: Job) -> None:
+        self.fallbacks: list[str] = []
+        self._job = job
         self._progress = job.progress
         self._done = 0
         self._total = job.plan.size
@@ -155,9 +158,25 @@ class _Told:
         if self._progress is not None:
             self._progress("baking", self._done, self._total)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the job, and where it was computed if not where it was asked for."""
+        found = (*self._job.notes, *_device(self._job)[1])
+        if self.fallbacks:
+            found += (f"{len(self.fallbacks)} tensors did not fit on the device: computed on the processor",)
+        return found
+
 
 def _manner(job: Job) -> Manner:
-    return Manner(job.options.rounding, job.options.seed)
+    return Manner(job.options.rounding, job.options.seed, _device(job)[0])
+
+
+def _device(job: Job) -> tuple[torch.device, tuple[str, ...]]:
+    """Where to compute, and a note if that is not where it was asked for."""
+    try:
+        return device_of(job.options.device), ()
+    except UsageError as error:
+        return torch.device("cpu"), (f"{error.message}: computed on the processor",)
 
 
 def _write(
@@ -166,14 +185,14 @@ def _write(
     path: Path,
     survival: Survival,
     undoing: UndoWriter | None,
-    told: Callable[[int], None],
+    told: _Told,
     overwrite: bool,
     check: Callable[[Path], None] | None,
 ) -> Written:
     header = job.plan.header
     infos = [TensorInfo(file.plain(key), header[key].dtype, header[key].shape) for key in file.keys]
     noting = Undoing(undoing, file.name, file.plain) if undoing is not None else None
-    stream = Stream(job.plan, _manner(job), survival, noting, told)
+    stream = Stream(job.plan, _manner(job), survival, noting, told, told.fallbacks)
     with closing(stream.contents(file.keys)) as contents:
         named = ((file.plain(key), content) for key, content in contents)
         return write_safetensors(
