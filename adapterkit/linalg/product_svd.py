@@ -75,7 +75,7 @@ def truncated_svd(up: Tensor, down: Tensor, most: int, known: tuple[Tensor, Tens
     lower = cholesky(right)
     if lower is None:
         return None
-    squares, turn = eigh(lower.T @ left @ lower)
+    squares, turn = (part.double() for part in eigh((lower.T @ left @ lower).float()))
     energy = float((rows * columns).sum())
     beyond = energy - float(squares[:most].sum())
     if most >= squares.numel() or beyond < _SEEN * doubt:
@@ -83,7 +83,8 @@ def truncated_svd(up: Tensor, down: Tensor, most: int, known: tuple[Tensor, Tens
     values = squares[:most].clamp_min(0.0).sqrt()
     combination = balance[:, None] * (lower @ turn[:, :most]) * inverses(values)
     u = up @ combination.float()
-    vt = inverses(values[:, None]).float() * ((up.T @ u).T @ down)
+    # uᵀ up, by what is known of upᵀ up.
+    vt = (inverses(values[:, None]) * (combination.T @ rows)).float() @ down
     u, vt = fix_signs(u, vt)
     return Decomposition(values, energy, (up.shape[0], down.shape[1]), lambda rank: (u[:, :rank], vt[:rank]))
 
