@@ -111,7 +111,8 @@ def settled(base: Model, adapters: Sequence[Given | tuple[Given, float]], option
         dtype = _DTYPES[options.dtype] if options.dtype else None
         plan = plan_bake(checkpoint, ingredients, dtype=dtype, allow=options.allow)
         stack.pop_all()
-    return Job(plan, layout, options, _facts(plan, options), notes)
+    left = [f"`{shown(name)}` is left behind: it would hold the base's weights" for name in layout.left]
+    return Job(plan, layout, options, _facts(plan, options), (*notes, *left))
 
 
 def _open_base(base: Model, options: BakeOptions) -> tuple[Checkpoint, BaseLayout, tuple[str, ...]]:
