@@ -97,8 +97,8 @@ class Merging:
 
     interference: how the inputs stand to each other.  reduction: the ranks that were chosen, None
     where none were to be.  damaged: modules that are not finite and were only added up, by consent.
-    measured: √(Σ‖a − b‖² / Σ‖a‖²) of what was written against what was asked for, over a sample of
-    modules or all; None where nothing was written or it was not wanted.
+    measured: √(Σ‖a − b‖² / Σ‖a‖²) of what was written against what was asked for, over `measured_on`
+    modules, a sample or all; None where nothing was written or it was not wanted.
     """
 
     plan: Plan
@@ -110,6 +110,7 @@ class Merging:
     damaged: tuple[str, ...] = ()
     conversion: Conversion | None = None
     measured: float | None = None
+    measured_on: int = 0
 
     @property
     def receipt(self) -> Receipt:
@@ -164,8 +165,10 @@ def merge(
         _require_another(recipe.inputs, Path(output))
     writing = ConvertOptions(verify=options.verify, force=options.force, allow=options.allow)
     done = write_plan(planned.plan, Path(output), writing)
-    measured = None if options.verify == "none" else _measured(recipe, planned, options.verify == "full")
-    return replace(planned, conversion=done, measured=measured)
+    if options.verify == "none":
+        return replace(planned, conversion=done)
+    measured, count = _measured(recipe, planned, options.verify == "full")
+    return replace(planned, conversion=done, measured=measured, measured_on=count)
 
 
 def _plan(
@@ -437,8 +440,8 @@ def _require_another(inputs: Sequence[Input], output: Path) -> None:
             )
 
 
-def _measured(recipe: Recipe, done: Merging, everything: bool) -> float | None:
-    """How far what was written is from what the method asks for, over a sample of modules or all."""
+def _measured(recipe: Recipe, done: Merging, everything: bool) -> tuple[float | None, int]:
+    """How far what was written is from what the method asks for, over how many modules."""
     places = [place for place, changes in done.plan.expected.changes.items() if not _on_base(changes)]
     if done.reduction is not None:
         places += done.reduction.left_out
@@ -452,7 +455,7 @@ def _measured(recipe: Recipe, done: Merging, everything: bool) -> float | None:
         for place in chosen
         if place in adapter.changes
     }
-    return total_error(replace(adapter, changes=wanted), replace(adapter, changes=written))
+    return total_error(replace(adapter, changes=wanted), replace(adapter, changes=written)), len(wanted)
 
 
 def _on_base(changes: Sequence[Change]) -> bool:

@@ -36,6 +36,8 @@ ALIKE = 0.9
 CANCELLED = 0.2
 # Blocks that are shown unless all are wanted.
 _MOST = 6
+# Adapters that were trained apart have cosines of a few hundredths.
+_NOTABLE = 0.05
 
 
 def merging_report(done: Merging, *, every: bool = False) -> RenderableType:
@@ -57,7 +59,7 @@ def merging_json(done: Merging) -> dict[str, Json]:
         "settings": asdict(done.settings),
         "inputs": [asdict(source) for source in done.sources],
         "interference": done.interference.as_json(),
-        "error": {"ranks": done.error, "measured": done.measured},
+        "error": {"ranks": done.error, "measured": done.measured, "modules": done.measured_on},
         "modules": _modules(done),
         "damaged": list(done.damaged),
         "notes": list(merging_notes(done)),
@@ -92,7 +94,8 @@ def _facts(done: Merging) -> Iterator[Fact]:
     yield "tensors", receipt_words(plan)
     yield from loss_facts(plan)
     if done.measured is not None:
-        yield "error", f"{error_words(done.measured)} of what was asked for, ranks and rounding together"
+        modules = counted(done.measured_on, "module")
+        yield "error", f"{error_words(done.measured)}, ranks and rounding together, measured on {modules}"
     if done.conversion is not None:
         yield "verified", verified_words(done.conversion)
         yield from file_facts(done.conversion)
@@ -152,13 +155,15 @@ def _meetings(found: Interference, every: bool) -> RenderableType:
         known = [(block, cosine) for block, cosine in cosines.items() if cosine is not None]
         if not every:
             known = sorted(known, key=lambda one: -abs(one[1]))[:_MOST]
+            known = [(block, cosine) for block, cosine in known if abs(cosine) >= _NOTABLE]
         if len(cosines) > 1:
             rows += [(_number(cosine), block, "") for block, cosine in known]
     return Padding(listed(rows, ("cosine", "block", "inputs"), numbers=1), (1, 0, 0, 2))
 
 
 def _number(cosine: float | None) -> str:
-    return "–" if cosine is None else f"{cosine:+.3f}"
+    # Without the sign that rounding leaves of nothing.
+    return "–" if cosine is None else f"{round(cosine, 3) + 0.0:+.3f}"
 
 
 def merging_notes(done: Merging) -> Iterator[str]:
