@@ -12,41 +12,20 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Tensors, planted, plus, renamed, save_folder, save_shards
+from extractions import assert_balances, assert_recovered, deltas, error, everything_moves
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit import Adapter, Extraction, ExtractOptions, RankRule, extract, plan_extraction
-from adapterkit.errors import AdapterkitError, Mismatch, Refused, StoreError, UsageError
-from adapterkit.stores import memory_store
+from adapterkit import ExtractOptions, RankRule, extract, plan_extraction
+from adapterkit.errors import Refused, UsageError
 
 UNET = models.sd1_unet().state_dict()
 CLIP = models.clip_l().state_dict()
 LLAMA = models.llama().state_dict()
 ATTENTION = ("attn1.to_", "attn2.to_")
-SD1 = ExtractOptions(family="sd1")
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "mid_block.resnets.0.conv1"
-
-
-def deltas(adapter: Adapter) -> Tensors:
-    """Every change of one module as a matrix or kernel, by its canonical name."""
-    found = {}
-    for place, changes in adapter.changes.items():
-        assert len(place.span) == 1 and len(changes) == 1
-        name = place.span[0].module
-        found[f"{name}.{place.param}" if place.param else name] = changes[0].dense()
-    return found
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.reshape(wanted.shape).double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def assert_recovered(adapter: Adapter, wanted: Mapping[str, torch.Tensor], tolerance: float) -> None:
-    found = deltas(adapter)
-    assert found.keys() == wanted.keys()
-    assert max(error(found[name], wanted[name]) for name in wanted) < tolerance
 
 
 # A small part of a network, for what need not be shown on all of it.
@@ -212,22 +191,6 @@ def test_text_encoders_are_compared_on_their_own_merits() -> None:
 # What is not extracted is said
 
 
-def everything_moves(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {
-        k: t + 0.01 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
-        for k, t in tensors.items()
-    }
-
-
-def assert_balances(done: Extraction, tuned: Mapping[str, torch.Tensor]) -> None:
-    assert list(done.tensors) == list(tuned)
-    receipt = done.plan.receipt
-    assert receipt.balances and receipt.total == len(tuned)
-    assert receipt.mapped == sum(what in ("extracted", "whole") for what in done.tensors.values())
-    left = math.fsum(done.left.values())
-    assert left + done.kept * done.energy == pytest.approx(done.energy)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -373,6 +336,17 @@ def test_a_tied_output_layer_is_compared_once(tmp_path: Path) -> None:
     assert any("tied" in note for note in pairing.notes)
 
 
+def test_a_tied_output_layer_alone_is_nothing_to_extract(tmp_path: Path) -> None:
+    tensors = {key: tensor.clone() for key, tensor in models.llama(tied=True).state_dict().items()}
+    tuned = {key: tensor + 0.01 for key, tensor in tensors.items()}
+    for name, numbers in (("tuned", tuned), ("base", tensors)):
+        save_folder(tmp_path / name, "model.safetensors", numbers, {"tie_word_embeddings": True})
+    options = ExtractOptions(embeddings=True, only=("lm_head",))
+    with pytest.raises(UsageError, match="tied to the embedding") as caught:
+        extract(tmp_path / "tuned", tmp_path / "base", rule=RankRule(rank=2), options=options)
+    assert caught.value.code == "no-match" and caught.value.hint
+
+
 def test_the_configuration_names_the_base_and_the_task(tmp_path: Path) -> None:
     wanted = planted(LLAMA, 2, 0.1, ("q_proj",))
     config = {"architectures": ["LlamaForCausalLM"], "_name_or_path": "someone/tiny-llama"}
@@ -451,110 +425,3 @@ def test_a_file_is_never_larger_than_asked(tmp_path: Path) -> None:
     options = ExtractOptions(only=MIDDLE)
     extract(tuned, UNET, tmp_path / "out.safetensors", RankRule(size=100_000), options)
     assert 95_000 < (tmp_path / "out.safetensors").stat().st_size <= 100_000
-
-
-# Faults
-
-
-def test_a_damaged_tensor_is_named_and_left_out_when_allowed() -> None:
-    tuned = plus(UNET, planted(UNET, 2, 0.1, ATTENTION))
-    tuned[f"{KEY}.weight"][3, 4] = math.nan
-    tuned["conv_norm_out.bias"] = tuned["conv_norm_out.bias"].clone()
-    tuned["conv_norm_out.bias"][0] = math.inf
-    with pytest.raises(Refused) as caught:
-        extract(tuned, UNET, rule=RankRule(rank=2))
-    assert caught.value.code == "nonfinite"
-    assert KEY in caught.value.message or "conv_norm_out" in caught.value.message
-    done = extract(tuned, UNET, rule=RankRule(rank=2), options=ExtractOptions(allow={"nonfinite"}))
-    left = {outcome.line.keys[0] for outcome in done.outcomes if outcome.what == "nonfinite"}
-    assert left == {f"{KEY}.weight", "conv_norm_out.bias"}
-    assert f"{KEY}.weight" not in deltas(done.adapter) and math.isfinite(done.energy)
-
-
-def test_models_of_two_families_are_refused() -> None:
-    with pytest.raises(Mismatch) as caught:
-        extract(UNET, models.sdxl_unet().state_dict())
-    assert caught.value.code == "base-family" and "Stable Diffusion XL" in caught.value.message
-
-
-def test_models_of_two_sizes_are_refused() -> None:
-    other = {key: torch.cat([tensor, tensor]) for key, tensor in UNET.items()}
-    with pytest.raises(Mismatch) as caught:
-        extract(UNET, other)
-    assert caught.value.code == "base-shapes"
-
-
-def test_two_parts_of_one_model_have_nothing_in_common() -> None:
-    with pytest.raises(Mismatch) as caught:
-        extract(UNET, CLIP, options=SD1)
-    assert caught.value.code == "base-shapes"
-
-
-def test_a_layer_of_another_width_is_left_out_by_name() -> None:
-    tuned = plus(UNET, planted(UNET, 2, 0.1, ATTENTION))
-    tuned["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
-    done = extract(tuned, UNET, rule=RankRule(rank=2))
-    assert done.tensors["conv_in.weight"] == "shape"
-    assert_balances(done, tuned)
-
-
-def test_a_wrong_base_is_suspected() -> None:
-    other = models.llama(seed=1).state_dict()
-    assert extract(LLAMA, other, rule=RankRule(rank=1)).suspicious
-    assert not extract(plus(LLAMA, planted(LLAMA, 2, 0.1)), LLAMA, rule=RankRule(rank=1)).suspicious
-
-
-@pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        (ExtractOptions(alpha=0.0), None),
-        (ExtractOptions(alpha=math.nan), None),
-        (ExtractOptions(to="kohia"), None),
-        (ExtractOptions(dtype="fp8"), None),
-        (ExtractOptions(device="abacus"), None),
-        (ExtractOptions(device="meta"), None),
-        (ExtractOptions(only=("nothing.here",)), None),
-        (ExtractOptions(only=("model.norm",), exclude=("model.norm",)), None),
-        (ExtractOptions(), RankRule(size=10)),
-    ],
-)
-def test_requests_that_make_no_sense_are_refused_with_a_hint(
-    options: ExtractOptions, rule: RankRule | None
-) -> None:
-    with pytest.raises(UsageError) as caught:
-        extract(plus(LLAMA, planted(LLAMA, 2, 0.1)), LLAMA, rule=rule, options=options)
-    assert caught.value.hint
-
-
-def test_the_output_is_never_one_of_the_models(tmp_path: Path) -> None:
-    save_file(plus(LLAMA, planted(LLAMA, 2, 0.1)), tmp_path / "tuned.safetensors")
-    save_file(LLAMA, tmp_path / "base.safetensors")
-    for name in ("tuned", "base"):
-        with pytest.raises(StoreError) as caught:
-            extract(
-                tmp_path / "tuned.safetensors",
-                tmp_path / "base.safetensors",
-                tmp_path / f"{name}.safetensors",
-                options=ExtractOptions(force=True, family="transformers"),
-            )
-        assert caught.value.code == "exists"
-
-
-def test_a_failure_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit.plan import Plan
-
-    def fails(self: Plan, *arguments: object) -> object:
-        raise OSError(28, "No space left on device")
-        yield
-
-    monkeypatch.setattr(Plan, "tensors", fails)
-    with pytest.raises((OSError, AdapterkitError)):
-        extract(plus(LLAMA, planted(LLAMA, 2, 0.1)), LLAMA, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_stores_and_progress_are_taken() -> None:
-    told: list[tuple[str, int, int]] = []
-    tuned = memory_store(plus(LLAMA, planted(LLAMA, 2, 0.1)))
-    extract(tuned, memory_store(LLAMA), progress=lambda *facts: told.append(facts))
-    assert told[-1][1] == told[-1][2] == len(LLAMA)
