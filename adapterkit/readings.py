@@ -247,16 +247,21 @@ def _turned(held: Held) -> Held:
 
 def _says(known: Family, store: Store, plain: Mapping[str, str]) -> bool:
     """Whether a configuration beside the tensors, or the name of one, speaks for a family without a table."""
-    for name, document in store.sidecars.items():
-        if name.rpartition("/")[2] == CONFIG and isinstance(document, dict) and known.config in document:
-            return True
+    configs = [
+        document
+        for name, document in store.sidecars.items()
+        if name.rpartition("/")[2] == CONFIG and isinstance(document, dict)
+    ]
+    said = {other.config for other in families() if any(other.config in config for config in configs)}
+    if said - {""}:
+        return known.config in said
     names = weight_names()
     speaks = any(
         names.is_head(module) or names.is_embedding(module)
         for module in (key.removesuffix(".weight") for key in plain.values() if key.endswith(".weight"))
     )
-    # Without a configuration only a model of a single part can be told.
-    return not store.sidecars and len(known.components) == 1 and speaks
+    # By names alone only a model of a single part can be told.
+    return len(known.components) == 1 and speaks
 
 
 def _is_adapter(keys: Collection[str]) -> bool:
