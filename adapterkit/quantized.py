@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.codings import CODINGS, Parts
 from adapterkit.errors import Json, StoreError
-from adapterkit.rounding import round_to
+from adapterkit.linalg.rounding import round_to
 from adapterkit.specs.quantizations import Quantization, quantizations
 from adapterkit.stores import DTYPES, Store, TensorInfo, torch_dtype
 from adapterkit.stores.model_folder import CONFIG

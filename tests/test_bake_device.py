@@ -9,8 +9,9 @@ import pytest
 import torch
 from bake_cases import LAYERS, adapter, base_tensors, loaded, lora, model_folder
 
-from adapterkit import bake_desk, bake_stream
-from adapterkit.baked_tensor import baked_tensor
+from adapterkit.baking import desk as bake_desk
+from adapterkit.baking import stream as bake_stream
+from adapterkit.baking.arithmetic import baked_tensor
 from adapterkit.operations.bake import BakeOptions, bake
 
 
@@ -18,7 +19,7 @@ from adapterkit.operations.bake import BakeOptions, bake
 def on_a_desk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The way over staged memory, on the processor itself."""
     place = bake_desk.DeviceDesk(torch.device("cpu"))
-    monkeypatch.setattr("adapterkit.baked_tensor.desk", lambda device: place)
+    monkeypatch.setattr("adapterkit.baking.arithmetic.desk", lambda device: place)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     yield
 
@@ -28,7 +29,7 @@ def test_the_way_over_a_device_gives_the_same(on_a_desk: None, tmp_path: Path) -
     path = adapter(tmp_path / "a", lora(1))
     bake(base, [path], tmp_path / "desk")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapterkit.baked_tensor.desk", bake_desk.desk)
+        patch.setattr("adapterkit.baking.arithmetic.desk", bake_desk.desk)
         bake(base, [path], tmp_path / "plain")
     for name, tensor in loaded(tmp_path / "plain").items():
         assert tensor.equal(loaded(tmp_path / "desk")[name])

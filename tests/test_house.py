@@ -22,7 +22,7 @@ MATHEMATICS = FACTS | {"linalg", "deltas"}
 # The middle is what stands in no folder: what a file is, the adapter it holds, what is to be written.
 MIDDLE = {path.stem for path in (ROOT / "adapterkit").glob("*.py")} - {"__init__", "__main__", "errors"}
 BELOW_MIDDLE = MATHEMATICS | {"specs", "stores"}
-BELOW_OPERATIONS = BELOW_MIDDLE | MIDDLE | {"checks", "merging"}
+BELOW_OPERATIONS = BELOW_MIDDLE | MIDDLE | {"checks", "merging", "baking"}
 MAY_IMPORT = {
     "errors": set[str](),
     "specs.kinds": set[str](),
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "stores": {"errors"},
     **dict.fromkeys(MIDDLE, BELOW_MIDDLE | MIDDLE),
     "merging": BELOW_MIDDLE | MIDDLE,
+    "baking": BELOW_MIDDLE | MIDDLE,
     "checks": BELOW_MIDDLE | MIDDLE,
     "operations": BELOW_OPERATIONS,
     "reports": BELOW_OPERATIONS | {"operations"},

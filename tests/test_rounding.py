@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterkit.errors import UsageError
-from adapterkit.rounding import beyond, fp8_scale, round_scaled, round_to, seed_of
+from adapterkit.linalg.rounding import beyond, fp8_scale, round_scaled, round_to, seed_of
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
 NARROW = [torch.float16, torch.bfloat16, *FP8]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapterkit.rounding import round_to, seed_of
-from adapterkit.survival import Kept, Survival
+from adapterkit.baking.survival import Kept, Survival
+from adapterkit.linalg.rounding import round_to, seed_of
 
 
 def weights(change: float, dtype: torch.dtype = torch.bfloat16, rows: int = 256) -> tuple[torch.Tensor, ...]:

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from adapterkit.baking.undo import UndoWriter, apply_undo
+from adapterkit.baking.undo_format import Block, pack, unpack
 from adapterkit.errors import StoreError
 from adapterkit.stores import Store, open_store
 from adapterkit.stores.views import bytes_of
-from adapterkit.undo import UndoWriter, apply_undo
-from adapterkit.undo_format import Block, pack, unpack
 
 Tensors = dict[str, torch.Tensor]
 

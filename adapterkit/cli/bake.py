@@ -14,8 +14,8 @@ from adapterkit.cli.progress import bytes_done
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from adapterkit.linalg.rounding import Rounding
     from adapterkit.operations.bake import BakeOptions
-    from adapterkit.rounding import Rounding
     from adapterkit.scale import ScaleFrom
 
 

@@ -13,7 +13,7 @@ from adapterkit.operations.bake_inputs import BakeOptions, Given, Job, Progress,
 from adapterkit.stores.guards import shown
 
 if TYPE_CHECKING:
-    from adapterkit.baking import BakePlan
+    from adapterkit.baking.plan import BakePlan
     from adapterkit.operations.bake_files import Baking
 
 __all__ = ["BakeOptions", "bake", "plan_baking"]

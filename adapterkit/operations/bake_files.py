@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from adapterkit.bake_stream import Stream, Undoing
-from adapterkit.baked_tensor import Manner
-from adapterkit.baking import BakePlan, together
-from adapterkit.base_layout import OutFile, config_path, edited_json, index_json
+from adapterkit.baking.arithmetic import Manner
+from adapterkit.baking.files import OutFile, config_path, edited_json, index_json
+from adapterkit.baking.plan import BakePlan, together
+from adapterkit.baking.stream import Stream, Undoing
+from adapterkit.baking.survival import Kept, Survival
+from adapterkit.baking.undo import UndoWriter
 from adapterkit.derived import PROVENANCE, history
 from adapterkit.errors import Json, Refused, UsageError
 from adapterkit.linalg.devices import device_of
@@ -25,8 +27,6 @@ from adapterkit.operations.bake_inputs import Job
 from adapterkit.stores import TensorInfo, Written, write_safetensors
 from adapterkit.stores.atomic import replacing
 from adapterkit.stores.partial import Partial, partial_folder
-from adapterkit.survival import Kept, Survival
-from adapterkit.undo import UndoWriter
 
 if TYPE_CHECKING:
     from torch import Tensor

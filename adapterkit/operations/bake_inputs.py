@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from adapterkit.base_layout import BaseLayout, OutFile, layout_of
+from adapterkit.baking.files import BaseLayout, OutFile, layout_of
 from adapterkit.checkpoint import Checkpoint, Model, model_store, open_checkpoint
 from adapterkit.detect import explain
 from adapterkit.errors import Json, Mismatch, Refused, Unrecognized, UsageError
@@ -24,9 +24,9 @@ from adapterkit.stores.guards import shown
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
-    from adapterkit.baking import BakePlan
-    from adapterkit.effects import Ingredient
-    from adapterkit.rounding import Rounding
+    from adapterkit.baking.effects import Ingredient
+    from adapterkit.baking.plan import BakePlan
+    from adapterkit.linalg.rounding import Rounding
 
 Given = Union[Source, "Adapter"]
 Progress = Callable[[str, int, int], None]
@@ -106,7 +106,7 @@ def settled(base: Model, adapters: Sequence[Given | tuple[Given, float]], option
         found = [_matching(source, checkpoint, options, stack) for source, _ in given]
         # From here on torch is needed, which takes a while to load.
         ingredients = _ingredients(found, [strength for _, strength in given], checkpoint, options)
-        from adapterkit.bake_plan import plan_bake
+        from adapterkit.baking.planning import plan_bake
 
         dtype = _DTYPES[options.dtype] if options.dtype else None
         plan = plan_bake(checkpoint, ingredients, dtype=dtype, allow=options.allow)
@@ -181,7 +181,7 @@ def _ingredients(
     base: Checkpoint,
     options: BakeOptions,
 ) -> list[Ingredient]:
-    from adapterkit.effects import Ingredient
+    from adapterkit.baking.effects import Ingredient
     from adapterkit.selection import modules_of
     from adapterkit.strengths import parse_strengths
 

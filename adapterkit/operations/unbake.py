@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.baking.undo import apply_undo
 from adapterkit.errors import AdapterkitError, Refused, StoreError
 from adapterkit.operations.bake import BakeOptions, bake, plan_baking
 from adapterkit.operations.bake_inputs import Given, Progress
 from adapterkit.specs.kinds import KINDS
 from adapterkit.stores import Written, open_store
 from adapterkit.stores.guards import is_file, shown
-from adapterkit.undo import apply_undo
 
 if TYPE_CHECKING:
-    from adapterkit.baking import BakePlan
+    from adapterkit.baking.plan import BakePlan
     from adapterkit.operations.bake_files import Baking
 
 UNDO_SUFFIX = ".undo"
-# What adapterkit.undo writes for the format of its files.
+# What adapterkit.baking.undo writes for the format of its files.
 UNDO_FORMAT = "adapterkit-undo"
 
 
@@ -107,4 +107,4 @@ def error_of(done: Baking) -> float:
     return math.sqrt(2 * max(0.0, noise))
 
 
-__all__ = ["Restoring", "error_of", "require_additive", "is_undo_file", "restore", "subtract", "undo_of"]
+__all__ = ["Restoring", "error_of", "is_undo_file", "require_additive", "restore", "subtract", "undo_of"]

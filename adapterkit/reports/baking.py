@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from adapterkit.baking import ABSENT, APPLIED, AT_ZERO, OVERRULED, BakePlan
+from adapterkit.baking.plan import ABSENT, APPLIED, AT_ZERO, OVERRULED, BakePlan
+from adapterkit.baking.survival import Kept
 from adapterkit.errors import Json
 from adapterkit.operations.bake_files import Baking
 from adapterkit.operations.unbake import Restoring, error_of
@@ -20,7 +21,6 @@ from adapterkit.reports.conversion import note
 from adapterkit.reports.words import Fact, counted, error_words, facts, heading, listed, size, tally
 from adapterkit.specs.kinds import KINDS
 from adapterkit.stores.guards import shown
-from adapterkit.survival import Kept
 
 _WHY = {
     ABSENT: "of weights that the base does not have",

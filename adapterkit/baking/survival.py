@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from adapterkit.rounding import beyond, round_to
+from adapterkit.linalg.rounding import beyond, round_to
 
 if TYPE_CHECKING:
     from torch import Tensor

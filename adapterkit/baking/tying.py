@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapterkit.baking.effects import Effect
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.deltas import Tokens, Whole
 from adapterkit.deltas.tensors import same
-from adapterkit.effects import Effect
 from adapterkit.errors import Json
 from adapterkit.specs.weights import weight_names
 from adapterkit.stores.model_folder import CONFIG

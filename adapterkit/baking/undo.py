@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from adapterkit.errors import StoreError
-from adapterkit.stores import Store, TensorInfo, Written, filling, open_store, write_safetensors
-from adapterkit.stores.atomic import destination, replacing
-from adapterkit.stores.base import DEFAULT_LIMITS, DTYPES
-from adapterkit.stores.guards import is_folder, shown, strict_json, system_failure
-from adapterkit.stores.header import parse_header
-from adapterkit.undo_format import (
+from adapterkit.baking.undo_format import (
     INDEX,
     Block,
     Buffer,
@@ -41,9 +35,15 @@ from adapterkit.undo_format import (
     records_of,
     unpack,
 )
+from adapterkit.errors import StoreError
+from adapterkit.stores import Store, TensorInfo, Written, filling, open_store, write_safetensors
+from adapterkit.stores.atomic import destination, replacing
+from adapterkit.stores.base import DEFAULT_LIMITS, DTYPES
+from adapterkit.stores.guards import is_folder, shown, strict_json, system_failure
+from adapterkit.stores.header import parse_header
 
 if TYPE_CHECKING:
-    from adapterkit.undo_format import Bytes
+    from adapterkit.baking.undo_format import Bytes
 
 _CHUNK = 16 * 1024 * 1024
 

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from adapterkit.baking.effects import Ingredient, Share
+from adapterkit.baking.survival import Kept
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.effects import Ingredient, Share
 from adapterkit.errors import Json, Refused
 from adapterkit.plan import is_finite
 from adapterkit.stores import TensorInfo
-from adapterkit.survival import Kept
 
 # What became of a change.
 APPLIED, ABSENT, AT_ZERO, OVERRULED = "applied", "absent", "at strength 0", "replaced"

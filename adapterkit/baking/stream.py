@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Union
 
 import torch
 
-from adapterkit.baked_tensor import Manner, baked_tensor
-from adapterkit.baking import Baked, BakePlan
+from adapterkit.baking.arithmetic import Manner, baked_tensor
+from adapterkit.baking.plan import Baked, BakePlan
+from adapterkit.baking.survival import Survival
 from adapterkit.linalg.pool import one_thread
 from adapterkit.stores.views import bytes_of
-from adapterkit.survival import Survival
 
 if TYPE_CHECKING:
-    from adapterkit.undo import UndoWriter
+    from adapterkit.baking.undo import UndoWriter
 
 # Bytes of finished tensors that wait to be written.
 _AHEAD = 256 * 1024 * 1024

@@ -6,11 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from adapterkit import deltas
-from adapterkit.baking import ABSENT, APPLIED, AT_ZERO, OVERRULED, Baked, BakePlan, Fate
-from adapterkit.checkpoint import Checkpoint
-from adapterkit.deltas import Change, LowRank, Reshape, Tokens, Whole
-from adapterkit.deltas.tensors import same
-from adapterkit.effects import (
+from adapterkit.baking.effects import (
     Effect,
     Ingredient,
     Share,
@@ -20,11 +16,15 @@ from adapterkit.effects import (
     shares_of,
     with_fitting_names,
 )
+from adapterkit.baking.plan import ABSENT, APPLIED, AT_ZERO, OVERRULED, Baked, BakePlan, Fate
+from adapterkit.baking.tying import TIED, Tie, stay_together, tie_of
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.deltas import Change, LowRank, Reshape, Tokens, Whole
+from adapterkit.deltas.tensors import same
 from adapterkit.errors import Conflict, Json, Mismatch, Refused
 from adapterkit.specs.families import Place
 from adapterkit.specs.weights import weight_names
 from adapterkit.stores import TensorInfo
-from adapterkit.tying import TIED, Tie, stay_together, tie_of
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 

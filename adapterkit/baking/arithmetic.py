@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from adapterkit import deltas
-from adapterkit.bake_desk import desk
-from adapterkit.bake_plan import replaces
-from adapterkit.baking import Baked
+from adapterkit.baking.desk import desk
+from adapterkit.baking.effects import Share
+from adapterkit.baking.plan import Baked
+from adapterkit.baking.planning import replaces
+from adapterkit.baking.survival import Survival
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.deltas import AdaLora, Change, ExpertsLowRank, LowRank, Magnitude, Tokens, Vera, Whole
-from adapterkit.effects import Share
 from adapterkit.errors import located
-from adapterkit.rounding import Rounding, round_to, seed_of
+from adapterkit.linalg.rounding import Rounding, round_to, seed_of
 from adapterkit.stores import torch_dtype
-from adapterkit.survival import Survival
 
 # Of large tensors every so many rows are measured: looking at all would take as long as baking.
 _EVERY = 32
