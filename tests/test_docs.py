@@ -295,10 +295,10 @@ def test_links_lead_somewhere(name: str) -> None:
         assert not anchor or anchor in anchors(target.read_text("utf-8"))
 
 
-def test_the_design_fits_on_two_pages_and_names_every_room() -> None:
+def test_the_design_fits_on_three_pages_and_names_every_room() -> None:
     page = PAGES["docs/design.md"]
     rooms = {path.parent.name for path in (ROOT / "adapterkit").glob("*/__init__.py")}
-    assert len(page.splitlines()) <= 120
+    assert len(page.splitlines()) <= 150
     assert all(re.search(rf"\b{room}\b", section(page, "Rooms")) for room in rooms)
 
 
