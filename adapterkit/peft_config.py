@@ -39,6 +39,9 @@ _SAY_MORE = ("ADALORA", "VERA", "TRAINABLE_TOKENS")
 _OF_THE_BASE = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out")
 # Fields that choose modules or scales, all of which are written out anew, module by module.
 _WRITTEN_OUT = ("use_rslora", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+# For these PEFT replaces the model's head on loading, whatever the configuration says, and fails on a
+# file without one (v0.21.2, src/peft/peft_model.py, PeftModelForSequenceClassification and others).
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def component_config(plan: Plan, component: str) -> dict[str, Json]:
@@ -53,7 +56,7 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
     if old is not None and old.peft_type == peft_type and _still_true(plan, modules, old):
         return dict(old.values)
     if any(module.kind == "experts" for module in modules):
-        raise _not_without_its_own("LORA of parameters")
+        raise _experts_as_read()
     base: dict[str, Json] = {}
     if peft_type in _SAY_MORE and not (old and old.peft_type == peft_type and _same_scales(modules, old)):
         raise _not_without_its_own(peft_type)
@@ -69,7 +72,10 @@ def component_config(plan: Plan, component: str) -> dict[str, Json]:
             # PEFT prunes every module named here, and fails on one that is not there.
             paths = [f".{module.path}." for module in modules]
             base["rank_pattern"] = {k: v for k, v in masks.items() if any(p in f".{k}" for p in paths)}
-    return {**base, "peft_type": peft_type, "inference_mode": True, **_fields(plan, modules, peft_type)}
+    fields = _fields(plan, modules, peft_type)
+    if base.get("task_type") in _WITH_HEAD and "modules_to_save" not in fields:
+        base["task_type"] = None
+    return {**base, "peft_type": peft_type, "inference_mode": True, **fields}
 
 
 def _old(plan: Plan, component: str) -> TunerConfig | None:
@@ -120,6 +126,16 @@ def _not_without_its_own(peft_type: str) -> Unrepresentable:
         code="config-needed",
         hint="give the folder with its configuration and leave the scale; --as lora needs no such thing",
         details={"type": peft_type},
+    )
+
+
+def _experts_as_read() -> Unrepresentable:
+    return Unrepresentable(
+        "LoRA of stacked experts can be written for PEFT only as it was read: all of it, with its ranks "
+        "and scales",
+        code="config-needed",
+        hint="give the folder with its configuration and change nothing; `bake` takes it at any strength",
+        details={"type": "LORA"},
     )
 
 

@@ -116,3 +116,23 @@ def test_diffusers_loads_what_was_extracted_and_fuses_it_to_the_tuned_model(to: 
     for model, wanted in ((pipeline.unet, unet), (pipeline.text_encoder, clip)):
         found = model.state_dict()
         assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted)
+
+
+@pytest.mark.parametrize("excluded", [(), ("classifier",)])
+def test_what_a_tuned_classifier_has_more_loads_in_peft(excluded: tuple[str, ...], tmp_path: Path) -> None:
+    """With its task's name PEFT would also want the whole head, which an extraction seldom has."""
+    from peft import PeftModel
+
+    base, tuned = models.bert(), models.bert()
+    tensors = tuned.state_dict()
+    wanted = plus(tensors, planted(tensors, 2, 0.2, ("query", "classifier")))
+    tuned.load_state_dict(wanted)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = ExtractOptions(exclude=excluded)
+    extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", RankRule(rank=2), options)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "out")).merge_and_unload().state_dict()
+    before = models.bert().state_dict()
+    for name, weight in loaded.items():
+        expected = before if name.startswith(excluded or "-") else wanted
+        assert torch.allclose(weight, expected[name], atol=1e-5), name

@@ -11,6 +11,7 @@ from cli_support import document, dora, flux, run
 from safetensors.torch import load_file
 
 from adapterkit.cli.merge import strengthened
+from adapterkit.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,13 @@ def test_what_exists_under_the_whole_name_is_a_path(tmp_path, monkeypatch) -> No
     Path("lr=0.0001").touch()
     assert strengthened("lr=0.0001") == ("lr=0.0001", 1.0)
     assert strengthened("lr=0.0001=0.5") == ("lr=0.0001", 0.5)
+
+
+@pytest.mark.parametrize("strength", ["", "half", "nan", "0,5"])
+def test_what_stands_for_a_strength_and_is_none_is_said_to_be_none(strength: str, tmp_path: Path) -> None:
+    (tmp_path / "style.safetensors").touch()
+    with pytest.raises(UsageError, match=f"`{strength}` in .* is not a strength"):
+        strengthened(f"{tmp_path / 'style.safetensors'}={strength}")
 
 
 def test_two_adapters_become_one_file(tmp_path) -> None:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from adapterkit.errors import Unrepresentable
 from adapterkit.operations.convert import ConvertOptions, convert
 from adapterkit.operations.convert import save as save_adapter
+from adapterkit.operations.slice import SliceOptions
+from adapterkit.operations.slice import slice as slice_adapter
 from adapterkit.operations.sources import load
 from adapterkit.peft_factors import divided
 from adapterkit.specs.tuner_config import TunerConfig
@@ -313,6 +315,19 @@ def test_the_scale_of_an_adalora_is_not_folded(tmp_path: Path) -> None:
     save(adapted(CASES["adalora"]), tmp_path / "theirs")
     with pytest.raises(Unrepresentable):
         convert(tmp_path / "theirs", "peft", tmp_path / "ours", ConvertOptions(fold=True))
+
+
+def test_a_classifier_whose_head_is_left_out_loads_without_it(tmp_path: Path) -> None:
+    """PEFT replaces the head of such a task on loading and fails on a file that has none."""
+    case = CASES["a head"]
+    save(adapted(case), tmp_path / "theirs")
+    slice_adapter(tmp_path / "theirs", tmp_path / "ours", SliceOptions(drop=("classifier",)))
+    found, before = loaded(case, tmp_path / "ours"), weights(model("bert"))
+    whole = loaded(case, tmp_path / "theirs")
+    for name, weight in found.items():
+        wanted = before if name.startswith("classifier") else whole
+        assert torch.equal(weight, wanted[name]), name
+    assert any(not torch.equal(whole[name], found[name]) for name in found)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -23,6 +23,7 @@ from adapterkit.cli.options import (
 from adapterkit.cli.output import Output
 from adapterkit.cli.progress import stages
 from adapterkit.cli.ranks import rank_options
+from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.merging import Divide, Inner
@@ -165,8 +166,17 @@ def _merge(
 
 
 def strengthened(text: str) -> tuple[str, float]:
-    """The adapter that an argument names and its strength; what exists under the whole text is a path."""
+    """The adapter that an argument names and its strength; what exists under the whole text is a path.
+
+    Raises UsageError where an adapter exists under the name before the last `=`, but no number follows.
+    """
     found = _STRENGTH.fullmatch(text)
     if found is None or Path(text).exists():
+        path, sign, rest = text.rpartition("=")
+        if sign and not Path(text).exists() and Path(path).exists():
+            raise UsageError(
+                f"`{rest}` in `{text}` is not a strength",
+                hint="write ADAPTER=NUMBER, such as style.safetensors=0.8",
+            )
         return text, 1.0
     return found[1], float(found[2])
