@@ -239,6 +239,12 @@ def _without_tied(pairing: _Pairing) -> list[Line]:
     ]
     pairing.apart.update({key: "tied" for line in heads for key in line.keys})
     pairing.lines = [line for line in pairing.lines if line not in heads]
+    if not pairing.lines:
+        raise UsageError(
+            f"nothing is selected but `{heads[0].name}`, which is tied to the embedding",
+            code="no-match",
+            hint="select the embedding: both are one tensor",
+        )
     return pairing.lines
 
 

@@ -90,6 +90,12 @@ class RankRule:
         known = [rank for rank in (named, self.most) if rank is not None]
         return max(self.least, min(known)) if known else None
 
+    def keeps_all(self, layer: str) -> bool:
+        """Whether nothing in it takes a value away from this kind of layer, but `most`."""
+        targets = (self.energy, self.error, self.size)
+        free = self.rank is None or (not isinstance(self.rank, int) and layer not in self.rank)
+        return free and not self.auto and all(target is None for target in targets)
+
     @property
     def label(self) -> str:
         """It as a part of a file's name: rank16, conv8-linear16, energy0.99, 50MB, auto, exact."""
@@ -130,6 +136,7 @@ class Spectrum:
     full: the least rank that says the change exactly (the smaller side, or the factors' rank).
     noise: singular values up to this are noise (for `auto`).
     weight: what an error of this module counts for, 1 / ‖base weight‖² where the base is known.
+    stays: whether the change can stay as it is, without ranks, where all of it is wanted.
     """
 
     values: tuple[float, ...]
@@ -139,9 +146,12 @@ class Spectrum:
     full: int
     noise: float = 0.0
     weight: float = field(default=1.0)
+    stays: bool = False
 
     def left_out(self, rank: int) -> float:
         """The weighted squared error of keeping `rank` values."""
+        if self.stays and rank >= self.full:
+            return 0.0
         known = [value * value for value in self.values]
         beyond = max(0.0, self.energy - fsum(known)) if len(known) < self.full else 0.0
         return self.weight * (fsum(known[rank:]) + beyond)
@@ -152,9 +162,11 @@ def allocate(spectra: Mapping[K, Spectrum], rule: RankRule, *, fixed: int = 0) -
 
     fixed: bytes of the file that do not depend on ranks, for a rule of size.
     A rank never exceeds `full`, the values that are known and the rule's `most`, and falls below
-    `least` only where one of those does. It is 0, which means that the module is left out, where it
-    changes nothing or, by `auto`, where nothing stands out of the noise. An energy or an error that
-    cannot be met within these bounds is met as nearly as they allow.
+    `least` only where one of those does; but a change that can stay as it is has all of its ranks,
+    known or not, where the rule keeps every value, or where its energy or error cannot be met by those
+    that are known. It is 0, which means that the module is left out, where it changes nothing or, by
+    `auto`, where nothing stands out of the noise. An energy or an error that cannot be met within these
+    bounds is met as nearly as they allow.
     Raises UsageError for a size that not even the least ranks fit into.
     """
     ranks = _allocated(list(spectra.values()), rule, fixed)
@@ -168,7 +180,10 @@ def _allocated(spectra: Sequence[Spectrum], rule: RankRule, fixed: int) -> Seque
         return _within_size(spectra, rule.size - fixed, floors, caps, fixed)
     if rule.error is not None or rule.energy is not None:
         share = rule.error**2 if rule.error is not None else 1 - (rule.energy or 0)
-        return _within_error(spectra, share, floors, caps)
+        permitted = share * fsum(spectrum.weight * spectrum.energy for spectrum in spectra)
+        if rule.most is None:
+            _let_stay(spectra, permitted, floors, caps)
+        return _within_error(spectra, permitted, floors, caps)
     choice = _above_noise if rule.auto else partial(_named, rule)
     chosen = [choice(spectrum) for spectrum in spectra]
     # By `auto` nothing may be left of a module, whatever the least rank.
@@ -190,6 +205,8 @@ def left_out(spectra: Mapping[K, Spectrum], ranks: Mapping[K, int]) -> float:
 
 def _cap(spectrum: Spectrum, rule: RankRule) -> int:
     known = min(spectrum.full, len(spectrum.values))
+    if spectrum.stays and rule.keeps_all(spectrum.layer):
+        known = spectrum.full
     return known if rule.most is None else min(known, rule.most)
 
 
@@ -219,12 +236,24 @@ def _in_order(
     return [(saving, index) for _, index, saving in row]
 
 
+def _let_stay(spectra: Sequence[Spectrum], permitted: float, floors: list[int], caps: list[int]) -> None:
+    """Where the values that are known do not suffice, give changes that can stay as they are all of their
+    ranks, those that lack most first."""
+    lacking = [spectrum.left_out(cap) for spectrum, cap in zip(spectra, caps, strict=True)]
+    remaining = fsum(lacking)
+    for index in sorted(range(len(spectra)), key=lambda index: -lacking[index]):
+        if remaining <= permitted or not lacking[index]:
+            return
+        if spectra[index].stays:
+            floors[index] = caps[index] = spectra[index].full
+            remaining -= lacking[index]
+
+
 def _within_error(
-    spectra: Sequence[Spectrum], share: float, floors: Sequence[int], caps: Sequence[int]
+    spectra: Sequence[Spectrum], permitted: float, floors: Sequence[int], caps: Sequence[int]
 ) -> Sequence[int]:
-    """The least ranks, in order of saving per byte, that leave out this share of the squared error."""
+    """The least ranks, in order of saving per byte, that leave out this much of the squared error."""
     ranks = list(floors)
-    permitted = share * fsum(spectrum.weight * spectrum.energy for spectrum in spectra)
     row = _in_order(spectra, floors, caps)
     # From the end, so that small numbers are added up among themselves.
     remaining = _left_out(spectra, caps)

@@ -88,6 +88,7 @@ class Part:
             full=self.full,
             noise=self.noise,
             weight=self.weight,
+            stays=self.original is not None and self.original.rank is None,
         )
 
     def keeps(self, rank: int) -> bool:

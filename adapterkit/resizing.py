@@ -29,8 +29,8 @@ from adapterkit.specs.kinds import KINDS
 
 Progress = Callable[[str, int, int], None]
 
-# Of a whole delta no more values are looked for than this, unless a rank is named: a LoRA of more
-# ranks is hardly smaller than the delta.
+# Of a whole delta no more values are looked for than this, unless a rank is named: most of it is then
+# known, or it is none that a LoRA would be much smaller than, and stays.
 _MOST_OF_WHOLE = 256
 # A tail is noise only if it is as flat as noise: its least value is this share of what noise has.
 _FLAT = 0.8

@@ -53,6 +53,17 @@ def test_a_change_is_decomposed_as_its_definition_says(name: str) -> None:
     check_delta(found, case.expected - case.base, 1e-6 if narrow else 1e-12)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 3.0])
+def test_a_scale_and_its_sign_are_part_of_the_change(scale: float) -> None:
+    changes: dict[str, Change] = {
+        "lora": LowRank(numbers(9, 3, seed=1), numbers(3, 7, seed=2), scale),
+        "lokr": Kronecker(w1=numbers(3, 2, seed=3), w2=numbers(4, 5, seed=4), scale=scale),
+        "diff": Whole(numbers(9, 7, seed=5), scale=scale),
+    }
+    for name, found in decompose(changes).items():
+        check_delta(found, changes[name].dense(dtype=torch.float64), 1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(DECOMPOSED)))
 def test_a_change_that_is_no_matrix_by_itself_is_refused_by_name(name: str) -> None:
     with pytest.raises(Unrepresentable, match="`the module`") as caught:

@@ -108,6 +108,24 @@ def test_the_error_is_that_of_the_best_approximation(exact: bool) -> None:
     assert done.outcomes[-1].error == pytest.approx(least, rel=1e-3)
 
 
+def test_the_sizes_and_errors_told_are_those_of_the_tensors() -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = {"model.embed_tokens.weight": torch.zeros(4, 96), "x.weight": torch.zeros(60, 96)}
+    base["x.weight"] = torch.randn(60, 96, generator=generator)
+    tuned = {**base, "x.weight": base["x.weight"] + torch.randn(60, 96, generator=generator)}
+    # Of all the values that are looked for, this keeps some.
+    done = extract(tuned, base, rule=RankRule(energy=0.6), options=ExtractOptions(exact=True))
+    delta = (tuned["x.weight"] - base["x.weight"]).double().numpy()
+    squares = np.linalg.svd(delta, compute_uv=False) ** 2
+    rank = int(np.searchsorted(np.cumsum(squares) / squares.sum(), 0.6)) + 1
+    outcome = done.outcomes[-1]
+    assert outcome.rank == rank < 40
+    assert outcome.energy == pytest.approx(squares.sum(), rel=1e-6)
+    assert outcome.change == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base["x.weight"]), rel=1e-6)
+    assert outcome.left == pytest.approx(squares[rank:].sum(), rel=1e-5)
+    assert done.kept == pytest.approx(squares[:rank].sum() / squares.sum(), rel=1e-5)
+
+
 def test_alpha_is_free_and_changes_nothing_but_the_scale() -> None:
     wanted = planted(UNET, 4, 0.1, ATTENTION)
     done = extract(plus(UNET, wanted), UNET, rule=RankRule(rank=4), options=ExtractOptions(alpha=1.0))
@@ -316,6 +334,8 @@ def test_a_vocabulary_that_shrank_gets_rows_of_zeros() -> None:
     assert found.shape == LLAMA["model.embed_tokens.weight"].shape
     assert error(found[:-7], wanted["model.embed_tokens.weight"][:-7]) < 1e-5
     assert not found[-7:].any()
+    assert {outcome.line.new for outcome in done.outcomes} == {0}
+    assert sum("7 rows fewer" in note for note in done.pairing.notes) == 2
 
 
 def test_a_tied_output_layer_is_compared_once(tmp_path: Path) -> None:

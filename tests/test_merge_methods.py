@@ -15,7 +15,7 @@ from adapterkit.linalg.product_svd import gram, product_svd, truncated_svd
 from adapterkit.merging import METHODS, Settings
 from adapterkit.merging.elementwise import combined
 from adapterkit.merging.interference import Meeting, inner_products
-from adapterkit.merging.spectral import core, isotropic, knots, tsv
+from adapterkit.merging.spectral import core, isotropic, knots, scaled, tsv
 from adapterkit.merging.tasks import Task
 
 Array = np.ndarray
@@ -100,6 +100,27 @@ def test_iso_c_is_the_papers_with_the_mean_over_values_that_are_not_zero(ranks, 
     up = torch.cat([task.up.double() * task.scale * task.strength for task in tasks], dim=1)
     found = isotropic(product_svd(up, torch.cat([task.down for task in tasks])))
     close(dense(found), paper.iso(*whole(tasks)))
+
+
+def test_iso_c_counts_no_direction_that_is_not_there() -> None:
+    (one,) = make(4)
+    up, down = one.up.double(), one.down.double()
+    once, twice = product_svd(up, down), product_svd(torch.cat([up, up], 1), torch.cat([down, down]))
+    assert twice.rank == 8
+    found = isotropic(twice)
+    assert found.values.tolist() == pytest.approx([2 * float(once.values.mean())] * 4, rel=1e-9)
+    close(dense(found), 2 * dense(isotropic(once)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, 2.0])
+def test_a_decomposition_at_a_strength_is_that_of_the_whole_at_it(strength: float) -> None:
+    (one,) = make(4)
+    found = scaled(product_svd(one.up, one.down), strength)
+    matrix = strength * (one.up.double() @ one.down.double()).numpy()
+    close(dense(found), matrix)
+    assert found.energy == pytest.approx(np.linalg.norm(matrix) ** 2, rel=1e-6)
+    assert found.left_out(4) == pytest.approx(0.0, abs=1e-9 * found.energy)
+    assert found.error(0) == 1.0
 
 
 FACTORED: dict[str, Callable] = {"knots": knots, "tsv": tsv, "core": core}
@@ -305,6 +326,8 @@ def test_where_little_is_left_out_float32_is_not_trusted() -> None:
     assert truncated_svd(*both, 16, (gram(both[0]), gram(both[1].T))) is None
     nearly = torch.cat([up, -up * (1 - 1e-3)], dim=1), torch.cat([down, down])
     assert truncated_svd(*nearly, 8, (gram(nearly[0]), gram(nearly[1].T))) is None
+    # Here Gram matrices do tell, but of what is left out float32 sees next to nothing.
+    assert truncated_svd(up, down, 8, (gram(up), gram(down.T))) is None
 
 
 def test_ranks_that_add_nothing_and_numbers_that_are_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -114,10 +115,61 @@ def test_values_nobody_has_seen_count_as_left_out() -> None:
     assert allocate({0: spectrum(2, 1, beyond=5)}, RankRule(error=0.01)) == {0: 2}
 
 
+def staying(*values: float, beyond: float, weight: float = 1.0) -> Spectrum:
+    return replace(spectrum(*values, beyond=beyond, weight=weight), stays=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (RankRule(), 7),
+        (RankRule(least=2), 7),
+        (RankRule(rank={"conv": 1}), 7),
+        (RankRule(energy=1.0), 7),
+        (RankRule(error=0.01), 7),
+        # 5 of 10 are left out at the least by what is known.
+        (RankRule(error=0.75), 2),
+        (RankRule(energy=0.4), 1),
+        (RankRule(error=0.01, most=6), 2),
+        (RankRule(most=6), 6),
+        (RankRule(rank=4), 2),
+        (RankRule(rank={"linear": 4}), 2),
+        (RankRule(size=99), 2),
+        (RankRule(auto=True), 2),
+    ],
+)
+def test_a_change_that_can_stay_does_where_more_is_wanted_than_is_known(
+    rule: RankRule, expected: int
+) -> None:
+    modules = {0: staying(2, 1, beyond=5)}
+    assert allocate(modules, rule) == {0: expected}
+    assert (left_out(modules, {0: 7}), left_out(modules, {0: 6})) == (0.0, pytest.approx(5))
+
+
+def test_those_stay_first_that_lack_most_and_no_more_than_need_to() -> None:
+    modules = {
+        "little": staying(2, 1, beyond=0.1),
+        "much": staying(2, 1, beyond=5),
+        "weighty": staying(2, 1, beyond=1, weight=9),
+        "factors": spectrum(2, 1),
+    }
+    total = math.fsum(one.weight * one.energy for one in modules.values())
+    kept = allocate(modules, RankRule(error=math.sqrt(5.2 / total)))
+    assert kept == {"little": 2, "much": 2, "weighty": 7, "factors": 2}
+    kept = allocate(modules, RankRule(error=math.sqrt(0.2 / total)))
+    assert kept == {"little": 2, "much": 7, "weighty": 7, "factors": 2}
+
+
 def test_a_convolution_pays_for_its_kernel() -> None:
     """The same values: a rank of a linear layer is cheaper than one of a convolution."""
     modules = {"linear": spectrum(3, 2, 1, cost=20), "conv": spectrum(3, 2, 1, cost=100, layer="conv")}
     assert allocate(modules, RankRule(size=180)) == {"linear": 3, "conv": 1}
+    # The largest value that is left is the convolution's; five others take as many bytes and save more.
+    modules = {
+        "conv": spectrum(3, 2.5, cost=100, layer="conv"),
+        "linear": spectrum(3, 2, 2, 2, 2, 2, cost=20),
+    }
+    assert allocate(modules, RankRule(size=220)) == {"conv": 1, "linear": 6}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from adapters import FORMS, File, Module, build, can, family, patterns, small_models, weight_of
 from torch import Tensor
 
+from adapterkit import resizing
 from adapterkit.adapter import Adapter
 from adapterkit.deltas import Change, LowRank, Whole, add
 from adapterkit.errors import Refused, UsageError
@@ -277,6 +279,26 @@ def test_a_whole_delta_stays_where_factors_would_be_no_smaller() -> None:
     changes = [change for several in resized.plan.adapter.changes.values() for change in several]
     assert changes and all(isinstance(change, Whole) for change in changes)
     assert resized.reduction.error == 0.0
+
+
+@pytest.mark.parametrize(
+    "rule", [RankRule(), RankRule(rank={"conv": 2}), RankRule(error=0.05), RankRule(energy=0.999)]
+)
+def test_a_whole_delta_of_more_values_than_are_looked_for_stays_where_all_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, rule: RankRule
+) -> None:
+    monkeypatch.setattr(resizing, "_MOST_OF_WHOLE", 4)
+    layers = [module for module in modules("diff", most=9) if not module.row.native.endswith("conv")]
+    adapter = build("sd1", "kohya", layers, scale=0.5).read("sd1")
+    resized = resize(adapter, rule=rule)
+    pairs = [
+        (matrix, dense(resized.plan.adapter.changes[place]))
+        for place, matrix in matrices(adapter).items()
+        if resized.reduction.parts[place].layer == "linear" or rule.rank is None
+    ]
+    left = sum(float((one - two).square().sum()) for one, two in pairs)
+    permitted = rule.error or math.sqrt(1 - (rule.energy or 1.0))
+    assert math.sqrt(left / sum(float(one.square().sum()) for one, _ in pairs)) <= permitted + 1e-7
 
 
 @pytest.mark.parametrize("to", ["diffusers", "peft", "kohya", "comfyui"])
