@@ -289,9 +289,9 @@ def test_an_unknown_topic_gets_the_nearest_one() -> None:
 
 def test_quiet_is_a_line_for_a_file(style: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    assert len(run("inspect", "-q", style, columns=300).stdout.splitlines()) == 1
-    assert run("-q", "convert", style, "--to", "comfyui", "-o", out, columns=300).stdout == f"{out}\n"
-    assert len(run("diff", style, out, "-q").stdout.splitlines()) == 1
+    assert len(run("inspect", "-q", style, columns=30).stdout.splitlines()) == 1
+    assert run("-q", "convert", style, "--to", "comfyui", "-o", out, columns=30).stdout == f"{out}\n"
+    assert len(run("diff", style, out, "-q", columns=30).stdout.splitlines()) == 1
 
 
 def test_without_a_command_the_help_is_shown() -> None:

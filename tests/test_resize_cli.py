@@ -120,7 +120,7 @@ def test_json_has_every_module_with_rank_and_error(tmp_path: Path) -> None:
 
 def test_quiet_says_it_in_one_line(tmp_path: Path) -> None:
     source, out = adapter(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
-    result = run("resize", source, "-o", out, "--rank", "2", "-q", columns=400)
+    result = run("resize", source, "-o", out, "--rank", "2", "-q")
     assert result.stdout.count("\n") == 1
     assert "rank 8 → 2, " in result.stdout and "kept 9" in result.stdout
 

@@ -94,8 +94,11 @@ class Output:
         return self._console(sys.stdout).width
 
     def show(self, report: RenderableType) -> None:
-        """A result, on stdout."""
-        _write(sys.stdout, self._text(report, sys.stdout))
+        """A result, on stdout; a line that `quiet` promises is one, however wide."""
+        from rich.text import Text
+
+        whole = self.quiet and isinstance(report, Text)
+        _write(sys.stdout, self._text(report, sys.stdout, whole=whole))
 
     def document(self, command: str, content: Mapping[str, Json]) -> None:
         """The one JSON document of a command, on stdout."""
@@ -131,10 +134,10 @@ class Output:
         console = self._console(sys.stderr)
         return console if console.is_terminal and not (self.quiet or console.is_dumb_terminal) else None
 
-    def _text(self, report: RenderableType, stream: TextIO) -> str:
+    def _text(self, report: RenderableType, stream: TextIO, *, whole: bool = False) -> str:
         console = self._console(stream)
         with console.capture() as captured:
-            console.print(report)
+            console.print(report, soft_wrap=whole)
         text = captured.get()
         if console.color_system is None:
             # Tables fill their columns up; without colours nobody sees where they end.

@@ -35,7 +35,7 @@ def require_finite(energy: float) -> None:
         raise Refused(
             "its numbers are not finite, or too large to be squared",
             code="nonfinite",
-            hint="the adapter is damaged; --allow nonfinite leaves such modules out",
+            hint="the adapter is damaged; --allow nonfinite goes on without such modules",
         )
 
 

@@ -36,10 +36,11 @@ _REMEDY = {
     "vector": "--full-small keeps them",
     "parameter": "--full-small keeps them",
     "rank": "a higher rank keeps more",
+    "noise": "--rank or --energy keeps more",
 }
 _WHY = {
     "rank": "cut off by the ranks",
-    "noise": "no more than rounding",
+    "noise": "no more than noise",
     "nonfinite": "not finite",
     "untranslatable": "without a form in the format",
     "unknown": "unknown to the tables",

@@ -72,7 +72,7 @@ def _facts(resized: Resizing) -> Iterator[Fact]:
     if resized.faulty:
         names = ", ".join(shown(resized.source.natives.get(p, "")) for p in resized.faulty[:3])
         text = f"{counted(len(resized.faulty), 'module')} with numbers that are not finite: {names}"
-        yield "", Text(text, style="yellow")
+        yield "as it was", Text(text, style="yellow")
 
 
 def _before(resized: Resizing) -> str:
