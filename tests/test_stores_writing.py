@@ -341,15 +341,13 @@ def test_a_check_sees_the_whole_file_and_can_refuse_it(tmp_path: Path) -> None:
 def test_leftovers_of_killed_programs_are_swept_away(tmp_path: Path) -> None:
     import fcntl
 
-    old, young, locked = (tmp_path / f".adapterkit-{name}.tmp" for name in ("old", "young", "locked"))
-    for path in (old, young, locked, tmp_path / "other.tmp"):
+    left, locked = (tmp_path / f".adapterkit-{name}.tmp" for name in ("left", "locked"))
+    for path in (left, locked, tmp_path / "other.tmp"):
         path.write_bytes(b"x")
-        if path != young:
-            os.utime(path, (time.time() - 100,) * 2)
     with locked.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         write(tmp_path / "x", {"a": torch.ones(2)})
-    assert contents_of(tmp_path).keys() == {young.name, locked.name, "other.tmp", "x"}
+    assert contents_of(tmp_path).keys() == {locked.name, "other.tmp", "x"}
 
 
 WRITES = """

@@ -8,12 +8,12 @@ A rename leaves the old file to whoever has it open.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterator
 from io import BufferedRandom
 from pathlib import Path
@@ -26,8 +26,8 @@ if sys.platform != "win32":
 
 # What is being written is called this until it is whole.
 TEMPORARY = ".adapterkit-{}.tmp"
-# A temporary file this young may belong to a program that has not locked it yet.
-_GRACE_SECONDS = 60
+# linux/fcntl.h: AT_FDCWD, and linux/fs.h.
+_HERE, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -43,22 +43,21 @@ def replacing(
     target = destination(path, overwrite)
     _require_space(path, target.parent, needed)
     sweep(target.parent)
-    temporary = target.parent / TEMPORARY.format(secrets.token_hex(8))
     try:
-        with _created(temporary, target) as file:
+        with _temporary(target) as (temporary, file):
             yield file
             file.flush()
             os.fsync(file.fileno())
             if check is not None:
                 check(temporary)
-        destination(path, overwrite)
-        temporary.replace(target)
+            if sys.platform == "win32":
+                # What is open cannot be renamed there; elsewhere its lock holds until it is in place.
+                file.close()
+            destination(path, overwrite)
+            temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
         raise system_failure(path, "cannot be written", error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def destination(path: Path, overwrite: bool) -> Path:
@@ -107,16 +106,54 @@ def _amount(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _created(temporary: Path, target: Path) -> BufferedRandom:
-    """A new, locked file with the mode of the one it will replace, or the mode the umask gives."""
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[Path, BufferedRandom]]:
+    """Yield a new, locked file beside the target, with its permissions; removed if it is still there then."""
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    file = os.fdopen(os.open(temporary, flags, 0o666), "w+b")
-    with contextlib.suppress(OSError):
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with contextlib.suppress(FileNotFoundError):
-        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-    return file
+    while True:
+        temporary = target.parent / TEMPORARY.format(secrets.token_hex(8))
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
+                if not _is_ours(file, temporary):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+                yield temporary, file
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _is_ours(file: BufferedRandom, path: Path) -> bool:
+    """Lock a new file. False if another program swept it away before, as if it had been left behind."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Where nothing can be locked, nothing is swept away either.
+        return True
+    return path.exists()
+
+
+@contextlib.contextmanager
+def temporary_folder(ground: Path) -> Iterator[Path]:
+    """Yield a new folder in `ground`, locked, which is removed in the end if it is still there."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            temporary = ground / TEMPORARY.format(secrets.token_hex(8))
+            temporary.mkdir()
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                stack.enter_context(locked(temporary))
+                if temporary.exists():
+                    break
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -133,16 +170,25 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places at one moment; False where the system cannot (Linux: renameat2)."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    paths = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
+    return bool(rename(*paths, _RENAME_EXCHANGE) == 0)
+
+
 def sweep(folder: Path) -> None:
-    """Remove what programs that were killed left half written: old enough, and locked by nobody."""
+    """Remove what programs that were killed left half written: it is locked by nobody."""
     if sys.platform == "win32":
         return
     for leftover in folder.glob(TEMPORARY.format("*")):
         # One that is locked, or cannot be removed, harms nobody and is not this write's business.
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _GRACE_SECONDS:
-                with locked(leftover):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with contextlib.suppress(OSError), locked(leftover):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

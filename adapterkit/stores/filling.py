@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from adapterkit.errors import StoreError
-from adapterkit.stores.atomic import TEMPORARY, destination, locked, sweep
+from adapterkit.stores.atomic import destination, sweep, temporary_folder
 from adapterkit.stores.guards import shown, system_failure
 
 
@@ -21,24 +19,19 @@ def filling(folder: Path, names: Sequence[str], *, overwrite: bool) -> Iterator[
     all of them at once; in one that is there, they are put in place one after another.
     StoreError where a file is in the way, or is there already and may not be replaced.
     """
-    ground = _existing(folder)
+    ground = existing(folder)
     require_free(folder, names, overwrite)
     sweep(ground)
     try:
-        temporary = ground / TEMPORARY.format(secrets.token_hex(8))
-        temporary.mkdir()
-        try:
-            with locked(temporary):
-                with _called(temporary, folder):
-                    yield temporary
-                put(temporary, folder, names, overwrite)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with temporary_folder(ground) as temporary:
+            with _called(temporary, folder):
+                yield temporary
+            put(temporary, folder, names, overwrite)
     except OSError as error:
         raise system_failure(folder, "cannot be written", error) from error
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The folder itself or the nearest one above it that exists."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

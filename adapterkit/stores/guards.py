@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A path beside another one: its name and a suffix. What `.` and `..` are has a name of its own."""
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(path))
+    return path.parent / (path.name + suffix)
 
 
 def require_little_endian() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, Json, StoreError
-from adapterkit.stores.atomic import locked
+from adapterkit.stores.atomic import TEMPORARY, exchange, locked, sweep
 from adapterkit.stores.base import DEFAULT_LIMITS
-from adapterkit.stores.filling import put, require_free
-from adapterkit.stores.guards import is_file, shown, system_failure
+from adapterkit.stores.filling import existing, put, require_free
+from adapterkit.stores.guards import beside, is_file, shown, system_failure
 from adapterkit.stores.json_files import read_json
 from adapterkit.stores.writing import write_json
 
@@ -36,6 +38,10 @@ class Partial:
     def finish(self, name: str, facts: dict[str, Json]) -> None:
         """Note that a file is complete. facts: its `sha256` or "", and its `size`, at least."""
         self.finished[name] = facts
+        self.note()
+
+    def note(self) -> None:
+        """Write down what is finished."""
         document: Json = {"request": self.request, "files": dict(self.finished)}
         write_json(self.path / _JOURNAL, document, overwrite=True)
 
@@ -50,15 +56,21 @@ def partial_folder(
     When the block fails, finished files stay for a run that resumes, unless it was refused.
     StoreError where a file is in the way, somebody else is at work, or there is nothing to go on with.
     """
+    existing(folder)
     require_free(folder, names, overwrite)
-    place = folder.with_name(folder.name + SUFFIX)
+    target = Path(os.path.realpath(folder))
+    place = beside(target, SUFFIX)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not resume:
-            _remove(place)
+        sweep(place.parent)
+        if place.exists():
+            _require_ours(place)
+            if not resume:
+                _remove(place)
         place.mkdir(exist_ok=True)
         with locked(place):
             partial = Partial(place, request, _finished(place, request) if resume else {})
+            partial.note()
             try:
                 yield partial
             except BaseException as error:
@@ -66,9 +78,7 @@ def partial_folder(
                 if refused or not partial.finished:
                     shutil.rmtree(place, ignore_errors=True)
                 raise
-            (place / _JOURNAL).unlink(missing_ok=True)
-            put(place, folder, names, overwrite)
-            shutil.rmtree(place, ignore_errors=True)
+            _put(place, target, names, overwrite)
     except BlockingIOError:
         raise StoreError(
             f"{shown(place)}: another run is at work there",
@@ -79,9 +89,48 @@ def partial_folder(
         raise system_failure(folder, "cannot be written", error) from error
 
 
+def _require_ours(place: Path) -> None:
+    if not is_file(place / _JOURNAL) and any(place.iterdir()):
+        raise StoreError(
+            f"{shown(place)}: is needed for what is not finished yet, and holds something else",
+            code="exists",
+            hint="move it away, or choose another name for the output",
+        )
+
+
 def _remove(place: Path) -> None:
     with locked(place):
         shutil.rmtree(place)
+
+
+def _put(place: Path, folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Put a finished folder in place: as a whole, so that nobody sees old files beside new ones."""
+    require_free(folder, names, overwrite)
+    temporary = place.with_name(TEMPORARY.format(secrets.token_hex(8)))
+    place.rename(temporary)
+    try:
+        (temporary / _JOURNAL).unlink(missing_ok=True)
+        if not (folder.exists() and _takes_over(temporary, folder, names) and exchange(temporary, folder)):
+            put(temporary, folder, names, overwrite)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _takes_over(new: Path, old: Path, names: Sequence[str]) -> bool:
+    """Let a new folder have what an old one has beside `names` as well; False where that cannot be."""
+    replaced = set(names)
+    try:
+        shutil.copystat(old, new)
+        for path in sorted(old.rglob("*")):
+            name = path.relative_to(old)
+            if path.is_dir() and not path.is_symlink():
+                (new / name).mkdir(exist_ok=True)
+                shutil.copystat(path, new / name)
+            elif name.as_posix() not in replaced:
+                os.link(path, new / name, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _finished(place: Path, request: str) -> dict[str, dict[str, Json]]:
@@ -98,11 +147,15 @@ def _finished(place: Path, request: str) -> dict[str, dict[str, Json]]:
         )
     files = found.get("files")
     noted = files if isinstance(files, dict) else {}
-    return {
+    finished = {
         name: facts
         for name, facts in noted.items()
         if isinstance(facts, dict) and _is_as_noted(place / name, facts)
     }
+    for path in place.rglob("*"):
+        if path.relative_to(place).as_posix() not in (*finished, _JOURNAL) and not path.is_dir():
+            path.unlink()
+    return finished
 
 
 def _is_as_noted(path: Path, facts: dict[str, Json]) -> bool:
