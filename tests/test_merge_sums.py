@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit import RankRule, merge
-from adapterkit.deltas import Change, ExpertsLowRank
+from adapterkit import MergeOptions, RankRule, merge
+from adapterkit.deltas import Change, ExpertsLowRank, LowRank, Whole
 from adapterkit.errors import Mismatch
 from adapterkit.merging.inputs import Contribution
 from adapterkit.merging.interference import inner_products
 from adapterkit.merging.stacks import Stack
 from adapterkit.merging.sums import summed
-from adapterkit.merging.tasks import Task
+from adapterkit.merging.tasks import Task, task_of
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -68,17 +68,43 @@ def test_inner_products_of_a_stack_are_those_of_the_deltas_without_their_strengt
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_a_task_is_the_delta_of_all_that_changes_the_weight(shape: tuple[int, int]) -> None:
+    whole = Whole(numbers(*shape, seed=1), scale=-0.5)
+    lora = LowRank(numbers(shape[0], 2, seed=2), numbers(2, shape[1], seed=3), 1.5)
+    for changes in ((whole,), (lora,), (whole, lora)):
+        task = task_of("adapter", changes, 0.8)
+        expected = sum((dense(change) for change in changes), torch.zeros(shape, dtype=torch.float64))
+        torch.testing.assert_close(task.dense().double(), expected, rtol=1e-5, atol=1e-5)
+        up, down = task.factors()
+        torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
+
+
+MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def file_of(rank: int, alpha: float, seed: int) -> dict[str, Tensor]:
+    up, down = numbers(320, rank, seed=seed), numbers(rank, 320, seed=seed + 10)
+    names = (f"{MODULE}.lora_up.weight", f"{MODULE}.lora_down.weight", f"{MODULE}.alpha")
+    return dict(zip(names, (up, down, torch.tensor(alpha)), strict=True))
+
+
+def delta_of(file: dict[str, Tensor]) -> Tensor:
+    up, down, alpha = (tensor.double() for tensor in file.values())
+    return up @ down * alpha / down.shape[0]
+
+
+def test_without_a_rule_the_largest_of_different_ranks_is_kept() -> None:
+    files = [file_of(2, 2.0, 1), file_of(5, 5.0, 2)]
+    done = merge(files, options=MergeOptions(method="svd"))
+    assert done.reduction is not None and set(done.reduction.ranks.values()) == {5}
+
+
 @pytest.mark.parametrize("rank", [2, 40, 100])
 def test_of_a_sum_with_many_ranks_for_its_weight_the_best_ones_are_kept_at_the_strengths(rank: int) -> None:
     """Where few of many ranks are wanted the sum is multiplied out, which is quicker, and the same."""
-    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    strengths, matrix, files = (0.8, -0.3), torch.zeros(320, 320, dtype=torch.float64), []
-    for seed, strength in enumerate(strengths):
-        up, down = numbers(320, 80, seed=seed), numbers(80, 320, seed=seed + 10)
-        # Alpha is half the rank.
-        matrix += strength * 0.5 * (up.double() @ down.double())
-        names = (f"{module}.lora_up.weight", f"{module}.lora_down.weight", f"{module}.alpha")
-        files.append(dict(zip(names, (up, down, torch.tensor(40.0)), strict=True)))
+    files, strengths = [file_of(80, 40.0, 1), file_of(80, 20.0, 2)], (0.8, -0.3)
+    matrix = sum((s * delta_of(one) for s, one in zip(strengths, files, strict=True)), torch.zeros(()))
     done = merge(files, strengths, rule=RankRule(rank=rank))
     ((change,),) = done.plan.adapter.changes.values()
     values = np.linalg.svd(matrix.numpy(), compute_uv=False)
