@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from cli_support import PROJ, QKV, document, dora, flux, run
+from manifests import materialise, read_manifest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -197,3 +199,17 @@ def test_one_rule_is_enough_for_other_commands() -> None:
     assert seen == [RankRule(energy=0.9, most=8)]
     with pytest.raises(UsageError):
         command.main(["--rank", "4", "--size", "1MB"], standalone_mode=False)
+
+
+def test_what_stays_as_it_was_is_named_and_no_part_of_what_was_kept(tmp_path: Path) -> None:
+    tensors = materialise(read_manifest("lycoris_sd15_norm"))
+    up = next(key for key in tensors if key.endswith(".lora_up.weight"))
+    tensors[up][0, 0] = math.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+    options = ("--rank", "2", "--allow", "nonfinite", "-o", tmp_path / "b.safetensors")
+    result = run("resize", tmp_path / "a.safetensors", *options, columns=200)
+    assert result.exit_code == 0, result.stderr
+    stayed = [line for line in result.stdout.splitlines() if "as it was" in line]
+    assert len(stayed) == 2
+    assert "216 whole delta" in stayed[0] and "a share of the others" in stayed[0]
+    assert "1 module with numbers that are not finite" in stayed[1]

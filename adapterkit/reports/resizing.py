@@ -68,7 +68,7 @@ def _facts(resized: Resizing) -> Iterator[Fact]:
     yield from reduction_facts(plan.adapter, reduction, resized.rule)
     if resized.stayed:
         kinds = ", ".join(f"{count} {title}" for title, count in resized.stayed.items())
-        yield "as it was", f"{kinds}: no sum of ranks"
+        yield "as it was", f"{kinds}: no sum of ranks; what was kept is a share of the others"
     if resized.faulty:
         names = ", ".join(shown(resized.source.natives.get(p, "")) for p in resized.faulty[:3])
         text = f"{counted(len(resized.faulty), 'module')} with numbers that are not finite: {names}"
