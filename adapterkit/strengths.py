@@ -63,6 +63,28 @@ def parse_strengths(text: str, family: Family, modules: Collection[Module] | Non
     return Strengths(tuple(found))
 
 
+def specs_of(texts: Sequence[str], count: int) -> list[list[str]]:
+    """The strengths of the parts of each of `count` adapters, from `SPEC` for all or `N:SPEC` for the N-th.
+
+    They stay in their order. UsageError where there is no N-th adapter.
+    """
+    found: list[list[str]] = [[] for _ in range(count)]
+    for text in texts:
+        number, colon, rest = text.partition(":")
+        if not (colon and number.strip().isascii() and number.strip().isdecimal()):
+            for entries in found:
+                entries.append(text)
+        elif 1 <= int(number) <= count:
+            found[int(number) - 1].append(rest)
+        else:
+            raise UsageError(
+                f"`{text}`: there is no input {int(number)}",
+                code="strengths",
+                hint=f"there are {count}; N:SPEC is for the N-th, SPEC for all",
+            )
+    return found
+
+
 def at_strengths(
     changes: Mapping[Place, Sequence[Change]], strengths: Strengths, natives: Mapping[Place, str]
 ) -> dict[Place, tuple[Change, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -11,14 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from bake_cases import adapter, base_tensors, loaded, lora, model_folder
 from checkpoints import full_size
 from safetensors.torch import save_file
 
+from adapterkit.baking import stream as bake_stream
+from adapterkit.baking.plan import Baked, BakePlan
 from adapterkit.errors import Mismatch, StoreError
 from adapterkit.operations import bake_files
 from adapterkit.operations.bake import BakeOptions, bake
-from adapterkit.stores import TensorInfo
+from adapterkit.stores import TensorInfo, partial
 from adapterkit.stores.header import build_header
 
 BAKE = "import sys; from adapterkit.operations.bake import *; bake(sys.argv[1], [sys.argv[2]], sys.argv[3])"
@@ -193,3 +198,139 @@ def test_a_journal_says_what_was_kept(case: tuple[Path, Path, Path], stop_at: Ca
     journal = json.loads((out.parent / "out.partial" / ".adapterkit-journal.json").read_text())
     (facts,) = journal["files"].values()
     assert set(facts) == {"sha256", "size", "kept", "would_keep"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged on Linux")
+def test_a_folder_in_place_changes_at_once_and_keeps_what_else_is_there(
+    case: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, path, out = case
+    bake(base, [path], out)
+    (base / "notes").mkdir()
+    (base / "notes" / "mine.txt").write_text("mine")
+    (base / ".hidden").symlink_to("config.json")
+
+    def one_by_one(*args: object) -> None:
+        raise AssertionError("files are put in place one after another")
+
+    monkeypatch.setattr(partial, "put", one_by_one)
+    bake(base, [path], base, BakeOptions(in_place=True))
+    expected = {entry.name: entry.read_bytes() for entry in out.iterdir()}
+    assert (base / "notes" / "mine.txt").read_text() == "mine"
+    assert (base / ".hidden").is_symlink()
+    found = {e.name: e.read_bytes() for e in base.iterdir() if e.is_file() and not e.is_symlink()}
+    assert found == expected
+    assert {entry.name for entry in out.parent.iterdir()} == {"a", "base", "out"}
+
+
+def test_files_are_put_in_place_where_folders_cannot_be_exchanged(
+    case: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, path, out = case
+    bake(base, [path], out)
+    monkeypatch.setattr(partial, "exchange", lambda one, other: False)
+    bake(base, [path], base, BakeOptions(in_place=True))
+    assert {e.name: e.read_bytes() for e in base.iterdir()} == {e.name: e.read_bytes() for e in out.iterdir()}
+    assert {entry.name for entry in out.parent.iterdir()} == {"a", "base", "out"}
+
+
+def test_a_folder_of_somebody_elses_is_not_taken_for_an_unfinished_one(
+    case: tuple[Path, Path, Path],
+) -> None:
+    base, path, out = case
+    theirs = out.parent / "out.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("theirs")
+    for resume in (False, True):
+        with pytest.raises(StoreError, match="holds something else"):
+            bake(base, [path], out, BakeOptions(resume=resume))
+    assert (theirs / "thesis.txt").read_text() == "theirs"
+
+
+def test_the_folder_one_is_in_can_be_the_output_and_the_base(
+    case: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, path, out = case
+    bake(base, [path], out)
+    new = out.parent / "new"
+    new.mkdir()
+    monkeypatch.chdir(new)
+    bake(base, [path], ".", BakeOptions(keep_undo=True))
+    assert {e.name: e.read_bytes() for e in new.iterdir()} == {e.name: e.read_bytes() for e in out.iterdir()}
+    assert (out.parent / "new.undo").exists()
+
+
+def test_an_index_is_its_folder_where_the_base_may_not_be_replaced(case: tuple[Path, Path, Path]) -> None:
+    base, path, _ = case
+    with pytest.raises(StoreError, match="is the base itself"):
+        bake(base / "model.safetensors.index.json", [path], base, BakeOptions(force=True))
+
+
+@pytest.mark.parametrize("output", ["a file", "in a file"])
+def test_a_file_where_a_folder_is_to_be_is_refused_at_once(
+    output: str, case: tuple[Path, Path, Path]
+) -> None:
+    base, path, out = case
+    out.write_text("a file")
+    with pytest.raises(StoreError) as error:
+        bake(base, [path], out / "model" if output != "a file" else out, BakeOptions(force=True))
+    assert error.value.code == "special-file"
+    assert {entry.name for entry in out.parent.iterdir()} == {"a", "base", "out"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_place_that_may_not_be_written_is_refused_and_nothing_is_left(
+    kind: str, case: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, path, out = case
+    if kind == "file":
+        base = base / "model.safetensors"
+        save_file(base_tensors(), base)
+    place = out.parent / "closed"
+    place.mkdir()
+
+    def closed(real: Callable[..., object]) -> Callable[..., object]:
+        # root may write anywhere: the system's answer to everybody else.
+        def call(target: object, *args: object, **more: object) -> object:
+            if Path(str(target)).parent == place:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+            return real(target, *args, **more)
+
+        return call
+
+    for name in ("open", "mkdir"):
+        monkeypatch.setattr(os, name, closed(getattr(os, name)))
+    with pytest.raises(StoreError) as error:
+        bake(base, [path], place / "out")
+    assert error.value.code == "system"
+    assert "permission denied" in error.value.message
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "while it is read"])
+def test_a_base_cut_short_while_it_is_mapped_is_an_error(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(base_tensors(), base)
+    path = adapter(tmp_path / "a", lora(1))
+    finite, tensor = BakePlan.require_finite, bake_stream.Stream.tensor
+    size = base.stat().st_size
+
+    def cut(plan: BakePlan) -> None:
+        finite(plan)
+        os.truncate(base, size // 2)
+
+    def cut_late(stream: bake_stream.Stream, baked: Baked) -> torch.Tensor:
+        made = tensor(stream, baked)
+        os.truncate(base, size // 2)
+        return made
+
+    if moment == "before it is read":
+        monkeypatch.setattr(BakePlan, "require_finite", cut)
+    else:
+        monkeypatch.setattr(bake_stream.Stream, "tensor", cut_late)
+    with pytest.raises(StoreError) as error:
+        bake(base, [path], out)
+    assert error.value.code == "changed"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "base.safetensors"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from bake_cases import LAYERS, adapter, base_tensors, loaded, lora, model_folder, numbers
 from safetensors.torch import save_file
 
-from adapterkit.errors import Refused, StoreError
+from adapterkit.errors import Json, Refused, StoreError
 from adapterkit.operations.bake import BakeOptions, bake
 from adapterkit.operations.unbake import error_of, restore, subtract
+from adapterkit.stores.partial import Partial
 
 KEEP = BakeOptions(keep_undo=True)
 
@@ -89,3 +91,50 @@ def test_there_is_nothing_to_restore_from_without_an_undo_file(tmp_path: Path) -
     base = model_folder(tmp_path / "base", base_tensors())
     with pytest.raises(StoreError, match=r"there is no `base\.undo`"):
         restore(base, None, tmp_path / "again")
+
+
+def test_an_undo_file_of_a_bake_that_was_resumed_gives_everything_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = model_folder(tmp_path / "base", base_tensors(), shards=3)
+    path = adapter(tmp_path / "a", lora(1))
+    finish = Partial.finish
+
+    def stopped(self: Partial, name: str, facts: dict[str, Json]) -> None:
+        finish(self, name, facts)
+        if len(self.finished) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Partial, "finish", stopped)
+        bake(base, [path], tmp_path / "out", KEEP)
+    done = bake(base, [path], tmp_path / "out", replace(KEEP, resume=True))
+    assert len(done.resumed) == 2
+    restore(tmp_path / "out", None, tmp_path / "again")
+    assert contents(base) == contents(tmp_path / "again")
+
+
+def test_the_undo_file_of_a_folder_that_is_not_there_yet_lies_beside_it(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", base_tensors())
+    done = bake(base, [adapter(tmp_path / "a", lora(1))], tmp_path / "new" / "out", KEEP)
+    assert done.undo == tmp_path / "new" / "out.undo"
+    restore(tmp_path / "new" / "out", None, tmp_path / "again")
+    assert contents(base) == contents(tmp_path / "again")
+
+
+def test_an_adapters_tokenizer_goes_again_with_its_tokens(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", base_tensors())
+    name = "base_model.model.model.embed_tokens.weight"
+    grown = {
+        name: numbers(15, 8, seed=1),
+        name.replace("model.embed_tokens", "lm_head"): numbers(15, 8, seed=2),
+    }
+    path = adapter(tmp_path / "a", {**lora(1), **grown}, modules_to_save=["embed_tokens", "lm_head"])
+    for file in ("tokenizer.json", "added_tokens.json"):
+        (path / file).write_text(f"the adapter's {file}")
+    done = bake(base, [path], tmp_path / "out", KEEP)
+    for file in ("tokenizer.json", "added_tokens.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (path / file).read_bytes()
+    assert any("tokenizer.json, added_tokens.json" in note for note in done.notes)
+    restore(tmp_path / "out", None, tmp_path / "again")
+    assert contents(base) == contents(tmp_path / "again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,18 +21,17 @@ from adapterkit.strengths import Strengths
 
 @dataclass(frozen=True, eq=False)
 class Ingredient:
-    """One adapter that is baked in. strength: of all of it; strengths: of its parts, times that."""
+    """One adapter that is baked in. strength: of all of it; strengths: of its parts, each times that."""
 
     name: str
     adapter: Adapter
     strength: float = 1.0
-    strengths: Strengths | None = None
+    strengths: tuple[Strengths, ...] = ()
 
     def at(self, place: Place, piece: Piece, native: str) -> float:
         """The strength of one piece of a place."""
-        if self.strengths is None:
-            return self.strength
-        return self.strength * self.strengths.of(Module(place.component, piece.module, place.param, native))
+        module = Module(place.component, piece.module, place.param, native)
+        return math.prod((each.of(module) for each in self.strengths), start=self.strength)
 
 
 @dataclass(frozen=True, eq=False)

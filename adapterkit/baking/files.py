@@ -17,8 +17,16 @@ from adapterkit.stores.model_folder import CONFIG
 from adapterkit.stores.sharded import INDEX_SUFFIX, weight_map_of
 
 SAFETENSORS = ".safetensors"
+# The configuration's count of tokens.
+TOKENS = "vocab_size"
 # Weights in forms that we do not write; beside what is baked they would be those of the base.
 _OTHER_WEIGHTS = (SAFETENSORS, *PICKLE_SUFFIXES, ".gguf", ".onnx", ".msgpack", ".h5", ".onnx_data", ".ot")
+# What transformers v5.24 saves of tokenizers: tokenization_utils_base.py, and the models' vocabularies.
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _PICKLED, _PLAIN = "pytorch_model", "model"
 
 
@@ -49,7 +57,7 @@ class BaseLayout:
     root: the folder they are in, None if the base is one file, or in memory.
     indexes: by the path of an index in the output: the base's, and what stands before its keys.
     copies: files that are taken over as they are, by their paths in the output.  left: weights in other
-    forms, that would not be those of the output.
+    forms, that would not be those of the output.  added: an adapter's, some of them in the place of copies.
     """
 
     root: Path | None
@@ -57,11 +65,12 @@ class BaseLayout:
     indexes: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     copies: Mapping[str, Path] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    added: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every file of the output folder."""
-        return (*(file.name for file in self.files), *self.indexes, *self.copies)
+        return (*(file.name for file in self.files), *self.indexes, *self.copies, *self.added)
 
     def file_of(self, key: str) -> OutFile:
         """The file that a tensor, or one that belongs to it, lies in."""
@@ -93,6 +102,11 @@ def layout_of(store: Store) -> BaseLayout:
     taken = {*(file.source for file in files), *(path for path, _ in indexes.values())}
     copies, left = _others(root, set(folders), taken)
     return BaseLayout(root, files, indexes, copies, left)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """What says how text becomes numbers in a folder, by name."""
+    return {name: folder / name for name in _TOKENIZERS if is_file(folder / name)}
 
 
 def index_json(layout: BaseLayout, name: str, sizes: Mapping[str, int]) -> Json:

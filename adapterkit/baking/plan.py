@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from adapterkit.baking.effects import Ingredient, Share
 from adapterkit.baking.survival import Kept
 from adapterkit.checkpoint import Checkpoint
+from adapterkit.deltas import Whole
 from adapterkit.errors import Json, Refused
 from adapterkit.plan import is_finite
 from adapterkit.stores import TensorInfo
@@ -68,6 +69,16 @@ class BakePlan:
     def new(self) -> dict[str, Baked]:
         """Tensors that the base does not have, by the one that each is made from."""
         return {each.source: each for key, each in self.tensors.items() if key not in self.base.store.tensors}
+
+    @property
+    def resizing(self) -> set[Ingredient]:
+        """The adapters that bring another number of tokens than the base has."""
+        effects = (share.effect for each in self.tensors.values() for share in each.shares)
+        return {
+            one.ingredient
+            for one in effects
+            if isinstance(one.change, Whole) and one.change.replaces and one.change.shape != one.before
+        }
 
     @property
     def header(self) -> dict[str, TensorInfo]:

@@ -16,6 +16,7 @@ from adapterkit.baking.effects import (
     shares_of,
     with_fitting_names,
 )
+from adapterkit.baking.files import TOKENS
 from adapterkit.baking.plan import ABSENT, APPLIED, AT_ZERO, OVERRULED, Baked, BakePlan, Fate
 from adapterkit.baking.tying import TIED, Tie, stay_together, tie_of
 from adapterkit.checkpoint import Checkpoint
@@ -162,7 +163,7 @@ class _Building:
         self.shapes[key] = shape
         component = self.base.held[key].component
         front = f"{component}/" if key.startswith(f"{component}/") else ""
-        name, axis = ("vocab_size", 0) if tokens else ("in_channels", 1)
+        name, axis = (TOKENS, 0) if tokens else ("in_channels", 1)
         self.edits.setdefault(front, {})[name] = shape[axis]
         how = "replaced with" if tokens else "padded with zeros to"
         self.notes.append(f"`{key}`, {list(before)}, is {how} {list(shape)}: `{name}` {shape[axis]}")

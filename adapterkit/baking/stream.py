@@ -40,6 +40,15 @@ class Undoing:
     file: str
     plain: Callable[[str], str]
 
+    def note(self, key: str, old: bytes | memoryview, new: bytes | memoryview) -> None:
+        """The bits of a tensor of the base, as they were and as they are written."""
+        if len(old) != len(new):
+            self.writer.add(self.file, self.plain(key), old, new)
+            return
+        for start in range(0, len(old), _UNDO_BLOCK):
+            stop = start + _UNDO_BLOCK
+            self.writer.add(self.file, self.plain(key), old[start:stop], new[start:stop], start)
+
 
 @dataclass(frozen=True, eq=False)
 class Stream:
@@ -95,7 +104,7 @@ class Stream:
         with torch.no_grad():
             made = self._made(baked)
         if self.undoing is not None and baked.key == baked.source:
-            self._note(self.undoing, baked, made)
+            self.undoing.note(baked.key, self.plan.base.store.read(baked.source), bytes_of(made))
         return made
 
     def _made(self, baked: Baked) -> torch.Tensor:
@@ -109,13 +118,3 @@ class Stream:
             self.fallbacks.append(baked.key)
             self.survival.forget(baked.key)
             return baked_tensor(*arguments, replace(self.manner, device=_CPU), self.survival)
-
-    def _note(self, undoing: Undoing, baked: Baked, made: torch.Tensor) -> None:
-        old, new = self.plan.base.store.read(baked.source), bytes_of(made)
-        name = undoing.plain(baked.key)
-        if len(old) != len(new):
-            undoing.writer.add(undoing.file, name, old, new)
-            return
-        for start in range(0, len(old), _UNDO_BLOCK):
-            stop = start + _UNDO_BLOCK
-            undoing.writer.add(undoing.file, name, old[start:stop], new[start:stop], start)

@@ -62,15 +62,17 @@ def bake(
 
 def _require_another(job: Job, output: Path) -> None:
     """StoreError if the output is the base or an adapter, by whatever name; the base may be asked for."""
-    stores = [job.plan.base.store, *(one.adapter.store for one in job.plan.ingredients)]
-    for store in stores:
+    stores = [one.adapter.store for one in job.plan.ingredients]
+    adapters = [store.path for store in stores if store is not None]
+    base = [job.plan.base.store.path, job.layout.root]
+    for path in (*base, *adapters):
         try:
-            same = store is not None and store.path is not None and output.samefile(store.path)
+            same = path is not None and output.samefile(path)
         except (OSError, ValueError):
             continue
-        if same and not (store is job.plan.base.store and job.options.in_place):
+        if same and not (path in base and job.options.in_place):
             raise StoreError(
-                f"{shown(output)}: is the {'base' if store is job.plan.base.store else 'adapter'} itself",
+                f"{shown(output)}: is the {'base' if path in base else 'adapter'} itself",
                 code="exists",
                 hint="choose another name; --in-place lets the result take the place of the base",
             )

@@ -24,8 +24,9 @@ from adapterkit.errors import Json, Refused, UsageError
 from adapterkit.linalg.devices import device_of
 from adapterkit.metadata import drop_hashes, renew_hashes
 from adapterkit.operations.bake_inputs import Job
-from adapterkit.stores import TensorInfo, Written, write_safetensors
+from adapterkit.stores import TensorInfo, Written, open_store, write_safetensors
 from adapterkit.stores.atomic import replacing
+from adapterkit.stores.guards import beside
 from adapterkit.stores.partial import Partial, partial_folder
 
 if TYPE_CHECKING:
@@ -106,18 +107,20 @@ def write_file(job: Job, output: Path) -> Baking:
 def write_folder(job: Job, output: Path) -> Baking:
     """Write a model's folder; files that are finished stay for a run that resumes."""
     files, told = job.files, _Told(job)
-    names = [*dict.fromkeys((*(file.name for file in files), *job.layout.indexes, *job.layout.copies))]
+    names = [*dict.fromkeys(job.layout.names)]
     overwrite = job.options.force or job.options.in_place
     with ExitStack() as stack:
-        undoing = _undoing(job, output, stack)
         partial = stack.enter_context(
             partial_folder(output, names, _request(job), overwrite=overwrite, resume=job.options.resume)
         )
+        undoing = _undoing(job, output, stack)
         resumed = tuple(partial.finished)
         for file in files:
             if undoing is not None and file.source is not None:
                 undoing.begin(file.name, file.source)
             if file.name in partial.finished:
+                if undoing is not None:
+                    _note_again(job, file, partial.path / file.name, undoing)
                 told(sum(job.plan.header[key].nbytes for key in file.keys))
                 continue
             (partial.path / file.name).parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +144,16 @@ def write_folder(job: Job, output: Path) -> Baking:
         resumed,
         notes=told.notes,
     )
+
+
+def _note_again(job: Job, file: OutFile, path: Path, undoing: UndoWriter) -> None:
+    """The bits of a file that an earlier run finished, whose undo file was not."""
+    base = job.plan.base.store
+    with open_store(path) as store:
+        for key in file.keys:
+            if key in job.plan.tensors and key in base.tensors:
+                name = file.plain(key)
+                Undoing(undoing, file.name, file.plain).note(key, base.read(key), store.read(name))
 
 
 class _Told:
@@ -237,7 +250,7 @@ def _judged(job: Job, kept: Mapping[str, Kept], would_keep: str) -> str:
 
 
 def _undo_path(output: Path) -> Path:
-    return output.with_name(output.name + UNDO_SUFFIX)
+    return beside(output, UNDO_SUFFIX)
 
 
 def _undoing(job: Job, output: Path, stack: ExitStack) -> UndoWriter | None:
@@ -289,7 +302,7 @@ def _read_back(partial: Partial) -> tuple[dict[str, Kept], str]:
 
 def _edited(job: Job, folder: Path) -> dict[str, Path]:
     """Files beside the tensors that say something else than the base's, where they lie."""
-    names = [*job.layout.indexes, *(config_path(front) for front in job.plan.edits)]
+    names = [*job.layout.indexes, *job.layout.added, *(config_path(front) for front in job.plan.edits)]
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
@@ -306,6 +319,10 @@ def _side_files(job: Job, files: tuple[OutFile, ...], folder: Path, undoing: Und
                 undoing.keep(name, source.read_bytes())
         else:
             shutil.copyfile(source, place)
+    for name, source in layout.added.items():
+        shutil.copyfile(source, folder / name)
+        if undoing is not None:
+            undoing.keep(name, layout.copies[name].read_bytes() if name in layout.copies else None)
     sizes = {key: info.nbytes for key, info in job.plan.header.items()}
     for name, (source, _) in layout.indexes.items():
         document = index_json(layout, name, sizes)

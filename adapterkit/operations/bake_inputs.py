@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
-from adapterkit.baking.files import BaseLayout, OutFile, layout_of
+from adapterkit.baking.files import TOKENS, BaseLayout, OutFile, layout_of, tokenizer_files
 from adapterkit.checkpoint import Checkpoint, Model, model_store, open_checkpoint
 from adapterkit.detect import explain
 from adapterkit.errors import Json, Mismatch, Refused, Unrecognized, UsageError
@@ -20,7 +20,7 @@ from adapterkit.quantized import dequantized, quantization
 from adapterkit.scale import ScaleFrom
 from adapterkit.specs.layouts import layouts
 from adapterkit.stores import Store
-from adapterkit.stores.guards import shown
+from adapterkit.stores.guards import is_folder, shown
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
@@ -111,8 +111,29 @@ def settled(base: Model, adapters: Sequence[Given | tuple[Given, float]], option
         dtype = _DTYPES[options.dtype] if options.dtype else None
         plan = plan_bake(checkpoint, ingredients, dtype=dtype, allow=options.allow)
         stack.pop_all()
+    layout, taken = _with_tokenizers(layout, plan)
     left = [f"`{shown(name)}` is left behind: it would hold the base's weights" for name in layout.left]
-    return Job(plan, layout, options, _facts(plan, options), (*notes, *left))
+    return Job(plan, layout, options, _facts(plan, options), (*notes, *left, *taken))
+
+
+def _with_tokenizers(layout: BaseLayout, plan: BakePlan) -> tuple[BaseLayout, list[str]]:
+    """The tokenizer of an adapter that brings more tokens, in the place of the base's."""
+    added: dict[str, Path] = {}
+    notes: list[str] = []
+    if layout.root is None or TOKENS not in plan.edits.get("", {}):
+        return layout, notes
+    for one in plan.ingredients:
+        path = one.adapter.store.path if one.adapter.store is not None else None
+        if path is None or one not in plan.resizing:
+            continue
+        found = tokenizer_files(path if is_folder(path) else path.parent)
+        added |= found
+        notes.append(
+            f"its tokens are those of `{shown(one.name)}`: {', '.join(found)}"
+            if found
+            else f"`{shown(one.name)}` brings tokens and no tokenizer: that of the base does not know them"
+        )
+    return replace(layout, added=added), notes
 
 
 def _open_base(base: Model, options: BakeOptions) -> tuple[Checkpoint, BaseLayout, tuple[str, ...]]:
@@ -183,9 +204,9 @@ def _ingredients(
 ) -> list[Ingredient]:
     from adapterkit.baking.effects import Ingredient
     from adapterkit.selection import modules_of
-    from adapterkit.strengths import parse_strengths
+    from adapterkit.strengths import parse_strengths, specs_of
 
-    specs = _specs(options.blocks, len(found))
+    specs = specs_of(options.blocks, len(found))
     ingredients: list[Ingredient] = []
     for position, (one, strength) in enumerate(zip(found, strengths, strict=True)):
         if not math.isfinite(strength):
@@ -198,8 +219,7 @@ def _ingredients(
             for place in adapter.changes
             for module in modules_of(place, adapter.natives.get(place, ""))
         ]
-        spec = specs[position]
-        parsed = parse_strengths(spec, base.family, modules) if spec else None
+        parsed = tuple(parse_strengths(spec, base.family, modules) for spec in specs[position])
         ingredients.append(Ingredient(_name(adapter, position, found), adapter, strength, parsed))
     return ingredients
 
@@ -231,26 +251,6 @@ def _loaded(one: Union[Opened, Adapter], options: BakeOptions) -> Adapter:
             details={"keys": list[Json](strangers)},
         )
     return adapter
-
-
-def _specs(blocks: Sequence[str], count: int) -> list[str]:
-    """The strengths of each adapter's parts: what is for all of them, then what is for it alone."""
-    found: list[list[str]] = [[] for _ in range(count)]
-    for text in blocks:
-        front, colon, rest = text.partition(":")
-        if not (colon and front.strip().isdecimal()):
-            for entries in found:
-                entries.append(text)
-            continue
-        number = int(front)
-        if not 1 <= number <= count:
-            raise UsageError(
-                f"`{text}` is for adapter {number} of {count}",
-                code="strengths",
-                hint="write N:STRENGTHS with the adapter's place on the command line, from 1",
-            )
-        found[number - 1].append(rest)
-    return [",".join(entries) for entries in found]
 
 
 def _name(adapter: Adapter, position: int, found: Sequence[object]) -> str:

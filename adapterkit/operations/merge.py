@@ -33,7 +33,7 @@ from adapterkit.specs.families import Place, Target
 from adapterkit.stores import Store
 from adapterkit.stores.guards import shown
 from adapterkit.stores.joined import JoinedStore
-from adapterkit.strengths import at_strengths, parse_strengths
+from adapterkit.strengths import at_strengths, parse_strengths, specs_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -269,26 +269,12 @@ def _inputs(
     target: Target,
 ) -> Iterator[Input]:
     """The inputs on the lines of the target, kinds with a low-rank form as that where several meet."""
-    specs = [_spec(text, len(names)) for text in blocks]
-    for number, (adapter, name, weight) in enumerate(zip(adapters, names, weights, strict=True), 1):
+    every = specs_of(blocks, len(names))
+    for adapter, name, weight, specs in zip(adapters, names, weights, every, strict=True):
         with located(f"`{name}`"):
-            for _, text in (spec for spec in specs if spec[0] in (None, number)):
+            for text in specs:
                 adapter = _weighed(adapter, text)
             yield Input(name, aligned(adapter, target, as_lora=len(names) > 1), weight)
-
-
-def _spec(text: str, count: int) -> tuple[int | None, str]:
-    """The number of the input that a spec of blocks is for, None for all, and the spec."""
-    number, colon, rest = text.partition(":")
-    if not (colon and number.strip().isascii() and number.strip().isdigit()):
-        return None, text
-    if not 1 <= int(number) <= count:
-        raise UsageError(
-            f"`{text}`: there is no input {number}",
-            code="strengths",
-            hint=f"there are {count}; N:SPEC is for the N-th, SPEC for all",
-        )
-    return int(number), rest
 
 
 def _weighed(adapter: Adapter, text: str) -> Adapter:

@@ -14,7 +14,7 @@ from adapterkit.operations.bake import BakeOptions, bake, plan_baking
 from adapterkit.operations.bake_inputs import Given, Progress
 from adapterkit.specs.kinds import KINDS
 from adapterkit.stores import Written, open_store
-from adapterkit.stores.guards import is_file, shown
+from adapterkit.stores.guards import beside, is_file, shown
 
 if TYPE_CHECKING:
     from adapterkit.baking.plan import BakePlan
@@ -35,8 +35,7 @@ class Restoring:
 
 def undo_of(baked: str | Path) -> Path | None:
     """The undo file that baking left beside its output, if it is there."""
-    path = Path(baked)
-    found = path.with_name(path.name + UNDO_SUFFIX)
+    found = beside(Path(baked), UNDO_SUFFIX)
     return found if is_file(found) else None
 
 
@@ -60,7 +59,7 @@ def restore(
     found = Path(undo) if undo is not None else undo_of(baked)
     if found is None:
         raise StoreError(
-            f"{shown(baked)}: there is no `{shown(Path(baked).name + UNDO_SUFFIX)}` beside it",
+            f"{shown(baked)}: there is no `{shown(beside(Path(baked), UNDO_SUFFIX).name)}` beside it",
             code="no-file",
             hint="name the undo file, or the adapters with their strengths, which are then subtracted",
         )

@@ -90,7 +90,8 @@ def partial_folder(
 
 
 def _require_ours(place: Path) -> None:
-    if not is_file(place / _JOURNAL) and any(place.iterdir()):
+    others = set(place.iterdir()) - set(place.glob(TEMPORARY.format("*")))
+    if not is_file(place / _JOURNAL) and others:
         raise StoreError(
             f"{shown(place)}: is needed for what is not finished yet, and holds something else",
             code="exists",
@@ -110,10 +111,17 @@ def _put(place: Path, folder: Path, names: Sequence[str], overwrite: bool) -> No
     place.rename(temporary)
     try:
         (temporary / _JOURNAL).unlink(missing_ok=True)
-        if not (folder.exists() and _takes_over(temporary, folder, names) and exchange(temporary, folder)):
+        if not (
+            _is_replaced(folder) and _takes_over(temporary, folder, names) and exchange(temporary, folder)
+        ):
             put(temporary, folder, names, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_replaced(folder: Path) -> bool:
+    """Whether a folder may become another one: not if it is empty, or somebody's shell is in it."""
+    return folder.exists() and any(folder.iterdir()) and folder not in (Path.cwd(), *Path.cwd().parents)
 
 
 def _takes_over(new: Path, old: Path, names: Sequence[str]) -> bool:
