@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from adapterkit.blocks import block_of
 from adapterkit.errors import Json
 from adapterkit.operations.extract import Extraction, ExtractOptions, Outcome
 from adapterkit.pairing import Line, Pairing
@@ -115,7 +116,7 @@ def extraction_report(tuned: str, done: Extraction, *, residual: bool = False) -
     ]
     if done.conversion is not None:
         rows += [("verified", verified_words(done.conversion)), *file_facts(done.conversion)]
-    parts: list[RenderableType] = [heading(tuned), facts(rows), _components(done)]
+    parts: list[RenderableType] = [heading(tuned), facts(rows), _blocks(done)]
     if residual:
         parts.append(_residual(done))
     return Group(*parts, *map(note, (*_warnings(done), *_notes(done.pairing))))
@@ -168,16 +169,21 @@ def _outcome_words(what: str) -> str:
     return _WHY.get(what, what)
 
 
-def _components(done: Extraction) -> RenderableType:
-    """Component by component: how much it changed, and how much of that is kept."""
+def _blocks(done: Extraction) -> RenderableType:
+    """Block by block: how much it changed, and how much of that is kept."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in done.outcomes:
-        groups.setdefault(outcome.line.place.component, []).append(outcome)
-    rows = [_component_row(name, outcomes, done.energy) for name, outcomes in groups.items()]
-    return Padding(listed(rows, ("modules", "rank", "share", "error", "component"), numbers=4), (1, 0, 0, 2))
+        if outcome.energy == 0 and outcome.what != "extracted":
+            continue
+        component = outcome.line.place.component
+        block = block_of(done.pairing.tuned.family, component, outcome.line.place.span[0].module)
+        name = component if block == component else f"{component} {block}"
+        groups.setdefault(name, []).append(outcome)
+    rows = [_block_row(name, outcomes, done.energy) for name, outcomes in groups.items()]
+    return Padding(listed(rows, ("modules", "rank", "share", "error", "block"), numbers=4), (1, 0, 0, 2))
 
 
-def _component_row(name: str, outcomes: Sequence[Outcome], total: float) -> tuple[str, ...]:
+def _block_row(name: str, outcomes: Sequence[Outcome], total: float) -> tuple[str, ...]:
     ranks = [outcome.rank for outcome in outcomes if outcome.what == "extracted"]
     finite = [outcome for outcome in outcomes if math.isfinite(outcome.energy)]
     energy = math.fsum(outcome.energy for outcome in finite)
