@@ -1,4 +1,5 @@
-# make demo   re-spells two adapters of real shape, there and back, and proves that nothing changed
+# make demo   re-spells two adapters of real shape, there and back, and proves that nothing changed; then
+#             makes one smaller, merges two, takes one out of a model and bakes it into another
 # make test   runs the whole suite
 #
 # Each sets up .venv by itself, the first time in a few minutes. The machine needs Python 3.11 or
@@ -29,6 +30,10 @@ demo: .venv/core.stamp
 	$(call run,adapterkit convert demo/flux_kohya.safetensors --to diffusers -o demo/flux_diffusers.safetensors)
 	$(call run,adapterkit convert demo/flux_diffusers.safetensors --to kohya -o demo/flux_kohya_again.safetensors)
 	$(call run,adapterkit diff demo/flux_kohya.safetensors demo/flux_kohya_again.safetensors)
+	$(call run,adapterkit resize demo/sdxl_kohya.safetensors --size 40MB -o demo/sdxl_small.safetensors)
+	$(call run,adapterkit merge demo/sdxl_kohya.safetensors=0.8 demo/sdxl_other.safetensors=-0.3 --rank 16 -o demo/sdxl_mix.safetensors)
+	$(call run,adapterkit extract demo/tuned demo/base -o demo/lora)
+	$(call run,adapterkit bake demo/base demo/lora -o demo/baked)
 	@echo
 	@echo 'The files are in demo/; try $(BIN)/adapterkit --help'
 
