@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapterkit.errors import Conflict, Mismatch, Refused, StoreError, UsageError
 from adapterkit.operations.bake import BakeOptions, bake, plan_baking
+from adapterkit.operations.merge import MergeOptions, merge
 from adapterkit.stores import memory_store
 
 
@@ -68,6 +69,24 @@ def test_strength_0_is_the_base_bit_for_bit(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "base", base_tensors(torch.bfloat16), shards=2)
     done = bake(folder, [(adapter(tmp_path / "a", lora(1)), 0.0)], tmp_path / "out")
     assert done.plan.changed == 0
+    assert set(done.plan.outcomes) == {"at strength 0"}
+    check_equal(loaded(folder), loaded(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("change", ["more tokens", "a head of its own", "an embedding of its own"])
+def test_strength_0_changes_no_shape_and_parts_no_head(change: str, tmp_path: Path) -> None:
+    tensors = base_tensors()
+    del tensors["lm_head.weight"]
+    folder = model_folder(tmp_path / "base", tensors, tie_word_embeddings=True)
+    key, rows = {
+        "more tokens": ("model.embed_tokens", 15),
+        "a head of its own": ("lm_head", 12),
+        "an embedding of its own": ("model.embed_tokens", 12),
+    }[change]
+    saved = {f"base_model.model.{key}.weight": numbers(rows, 8, seed=1)}
+    path = adapter(tmp_path / "a", {**lora(1), **saved}, modules_to_save=["lm_head", "embed_tokens"])
+    done = bake(folder, [(path, 0.0)], tmp_path / "out")
+    assert (done.plan.changed, done.plan.new, done.plan.edits) == (0, {}, {})
     assert set(done.plan.outcomes) == {"at strength 0"}
     check_equal(loaded(folder), loaded(tmp_path / "out"))
 
@@ -256,3 +275,15 @@ def test_strengths_of_an_adapter_that_is_not_there_are_refused(text: str, tmp_pa
     folder = model_folder(tmp_path / "base", base_tensors())
     with pytest.raises(UsageError):
         plan_baking(folder, [adapter(tmp_path / "a", lora(1))], BakeOptions(blocks=[text]))
+
+
+def test_strengths_of_parts_are_multiplied_as_a_merge_multiplies_them(tmp_path: Path) -> None:
+    base = base_tensors(torch.float32)
+    folder = model_folder(tmp_path / "base", base)
+    paths = [adapter(tmp_path / name, lora(seed)) for name, seed in (("a", 1000), ("b", 2000))]
+    blocks = ["layers.0=0.5", "2:layers.0=0.5,layers.1=0", "1:0.25"]
+    bake(folder, paths, tmp_path / "out", BakeOptions(blocks=blocks))
+    merge(paths, [1.0, 1.0], tmp_path / "merged", options=MergeOptions(blocks=blocks))
+    bake(folder, [tmp_path / "merged"], tmp_path / "again")
+    one, two = loaded(tmp_path / "out"), loaded(tmp_path / "again")
+    assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())

@@ -95,6 +95,10 @@ class _Building:
         native = self.fates[number].native
         found = places_of(self.base, ingredient, place, change)
         tie = self._tie(place, change) if not found else None
+        if (found or tie) and not any(ingredient.at(place, piece, native) for piece in place.span):
+            # Not even a shape is changed then, nor a head parted from its embedding.
+            self.fates[number] = replace(self.fates[number], what=AT_ZERO)
+            return
         if tie is not None:
             before = self.base.store.tensors[tie.embedding].shape
             shape = change.shape if _grows(place, change, before) else before
