@@ -195,3 +195,23 @@ def test_magnitudes_hold_against_the_base_that_nothing_was_added_to() -> None:
     alone = bake(tensors, [dora], options=BakeOptions(family="sd1"))
     added = bake(dict(alone.tensors), [(lora, 0.5)], options=BakeOptions(family="sd1"))
     assert worst(both.tensors, added.tensors) < 2e-6
+
+
+def test_rows_that_nothing_changes_get_the_dtype_of_the_others_of_their_tensor() -> None:
+    base = BASES[2]
+    chosen = [
+        Module(base.component, row, "lora")
+        for row in rows(base, "diffusers")
+        if row.native.endswith("attn.to_q")
+    ][:2]
+    adapter = build(base.family, "diffusers", chosen, seed=4).read(base.family)
+    _, native = part(base, chosen)
+    halves = {name: tensor.half() for name, tensor in native.items()}
+    wide = {name: tensor.float() for name, tensor in halves.items()}
+    one = bake(halves, [adapter], options=BakeOptions(family=base.family, dtype="fp32"))
+    two = bake(wide, [adapter], options=BakeOptions(family=base.family))
+    changed = [*one.plan.tensors]
+    heights = [(each.after.shape[0], share) for each in one.plan.tensors.values() for share in each.shares]
+    assert any(share.stop - share.start < height for height, share in heights)
+    assert all(one.tensors[name].dtype == torch.float32 for name in changed)
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in changed)
