@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Union
 from adapterkit.errors import Json, StoreError
 from adapterkit.stores.atomic import replacing
 from adapterkit.stores.base import DTYPES, TensorInfo
+from adapterkit.stores.direct import writing
 from adapterkit.stores.guards import require_little_endian, require_name, shown
 from adapterkit.stores.header import LONGEST_HEADER, build_header
 from adapterkit.stores.views import bytes_of, dtype_name
@@ -29,9 +30,6 @@ Content = Union[bytes, memoryview, "torch.Tensor"]
 # As long as the 64 digits it gives way to, so that nothing moves.
 DATA_SHA256 = "adapterkit:the-sha256-of-the-data-section-that-follows-goes-here"
 _CHUNK = 16 * 1024 * 1024
-# Bytes written at once: for longer writes Linux looks for larger runs of free memory to cache them in, which
-# takes several times longer than the copy.
-_PIECE = 512 * 1024
 _WAITING = 2
 _GATHERED = 4 * 1024 * 1024
 
@@ -134,11 +132,12 @@ def write_safetensors(
             waiting = hashed and any(DATA_SHA256 in text for text in metadata.values())
             if not waiting:
                 data.update(raw)
-            file.write(raw)
-            for chunk in _chunks(header, produce, path):
-                for start in range(0, len(chunk), _PIECE):
-                    file.write(chunk[start : start + _PIECE])
-                data.update(chunk)
+            # What is to be read again at once had better stay in the cache.
+            with writing(file, 0 if waiting else size) as out:
+                out.write(raw)
+                for chunk in _chunks(header, produce, path):
+                    out.write(chunk)
+                    data.update(chunk)
             if not waiting:
                 return Written(data.hexdigest(), None, size)
             _fill_in(file, header, metadata, data.hexdigest())
