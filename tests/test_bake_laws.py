@@ -39,6 +39,9 @@ BASES = [
     Base("flux1", "transformer", "flux1", "diffusers", "model.diffusion_model.", "bfl"),
 ]
 
+# q, k and v stacked, and a projection that is kept transposed.
+OPENCLIP = Base("sdxl", "text_encoder_2", "clip", "hf", "conditioner.embedders.1.model.", "openclip")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _small() -> Iterator[None]:
@@ -164,6 +167,39 @@ def test_a_bake_is_its_definition_in_every_layout_of_the_base(base: Base, form: 
     untouched = [name for name in tensors if name not in here.plan.tensors]
     assert untouched
     assert all(here.tensors[name] is tensors[name] for name in untouched)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bake_into_openclip_is_one_into_clip(form: str) -> None:
+    owner = family(OPENCLIP.family)[0]
+    network = owner.network(OPENCLIP.component)
+    assert network is not None
+    ends = (
+        "layers.16.self_attn.q_proj",
+        "layers.16.self_attn.v_proj",
+        "layers.16.mlp.fc1",
+        "text_projection",
+    )
+    found = {row: weight_of(network, row) for row in rows(OPENCLIP, "kohya") if row.native.endswith(ends)}
+    chosen = [
+        Module(OPENCLIP.component, row, form)
+        for row, weight in found.items()
+        if weight is not None
+        and FORMS[form].fits(weight)
+        and can(owner.target("kohya").layout, form, OPENCLIP.component, weight)
+    ]
+    if "bias" in form:
+        chosen = [module for module in chosen if "projection" not in module.row.native]
+    if not chosen:
+        pytest.skip("kohya files cannot say it of this model")
+    adapter = build(OPENCLIP.family, "kohya", chosen, seed=8, scale=0.5).read(OPENCLIP.family)
+    options = BakeOptions(family=OPENCLIP.family)
+    tensors, native = part(OPENCLIP, chosen)
+    here = bake(tensors, [(adapter, 0.6)], options=options)
+    assert worst(here.tensors, expected(OPENCLIP, tensors, adapter, 0.6)) < 2e-6
+    there = bake(native, [(adapter, 0.6)], options=options)
+    assert worst(there.tensors, in_native(OPENCLIP, here.tensors)) < 2e-6
+    assert any("in_proj" in key for key in there.plan.tensors)
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.family)
