@@ -22,8 +22,8 @@ if sys.platform != "win32":
 _BUFFER = 4 * 1024 * 1024
 # Files shorter than this are read again before the cache has forgotten them.
 _LARGE = 1 << 30
-# Through the cache. For longer writes Linux looks for larger runs of free memory, which takes several times
-# longer than the copy.
+# Through the cache. For longer writes Linux looks for larger runs of free memory, which often takes several
+# times longer than the copy.
 _PIECE = 512 * 1024
 
 
