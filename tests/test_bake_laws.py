@@ -251,3 +251,26 @@ def test_rows_that_nothing_changes_get_the_dtype_of_the_others_of_their_tensor()
     assert any(share.stop - share.start < height for height, share in heights)
     assert all(one.tensors[name].dtype == torch.float32 for name in changed)
     assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in changed)
+
+
+def test_parts_of_one_change_have_strengths_of_their_own() -> None:
+    """A LoRA over q, k and v as one, of which k is left out and v halved."""
+    base = BASES[2]
+    fused = [row for row in rows(base, "kohya") if row.native.endswith("double_blocks.0.img_attn.qkv")]
+    assert [len(row.span) for row in fused] == [3]
+    file = build(base.family, "kohya", [Module(base.component, fused[0], "lora")], seed=4)
+    adapter = file.read(base.family)
+    tensors, native = part(base, [Module(base.component, fused[0], "lora")])
+    q, k, v = (piece.module for piece in fused[0].span)
+    blocks = [f"{k}=0,{v}=0.5"]
+    wanted = expected(base, tensors, adapter, 1.0)
+    for name, share in ((k, 0.0), (v, 0.5)):
+        before = tensors[f"{name}.weight"].double()
+        wanted[f"{name}.weight"] = before.lerp(wanted[f"{name}.weight"], share)
+    options = BakeOptions(family=base.family, blocks=blocks)
+    here = bake(tensors, [adapter], options=options)
+    assert worst(here.tensors, wanted) < 2e-6
+    there = bake(native, [adapter], options=options)
+    assert worst(there.tensors, in_native(base, here.tensors)) < 2e-6
+    assert f"{q}.weight" in here.plan.tensors
+    assert f"{k}.weight" not in here.plan.tensors

@@ -106,3 +106,13 @@ def test_two_widths_of_one_input_are_refused(tmp_path: Path) -> None:
     paths = [tmp_path / f"{factor}.safetensors" for factor in (2, 3)]
     with pytest.raises(Mismatch):
         plan_baking(flux(), paths, BakeOptions(family="flux1"))
+
+
+def test_an_input_does_not_get_narrower(tmp_path: Path) -> None:
+    tensors = told()
+    o, i = flux()[f"{INPUT}.weight"].shape
+    tensors["lora_unet_img_in.reshape_weight"] = torch.tensor([o, i // 2])
+    tensors["lora_unet_img_in.lora_down.weight"] = numbers(RANK, i // 2, seed=1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(Mismatch):
+        plan_baking(flux(), [tmp_path / "a.safetensors"], BakeOptions(family="flux1"))
