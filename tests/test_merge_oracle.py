@@ -145,7 +145,7 @@ def test_rank_stabilised_scales_are_folded_and_not_applied_again(tmp_path) -> No
     assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text()).get("use_rslora")
     their = theirs(wrapped, "cat")
     over = {name: delta * math.sqrt(8) for name, delta in wanted.items()}
-    assert error(their, over) < 1e-6 or error(their, wanted) < 1e-6
+    assert error(their, over) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["linear", "svd", "dare", "knots", "tsv", "core", "iso-c"])
